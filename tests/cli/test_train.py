@@ -1,0 +1,93 @@
+"""`veneer train` around a stand-in for training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from veneer.cli.train import how_to_go_on
+from veneer.config import RunConfig
+from veneer.errors import NonFiniteLossError
+
+RESULT = {"output_dir": "out", "tokens_per_second": 1700.5, "final_loss": 0.25, "notes": ["learning rate 2e-3"]}
+
+
+@pytest.fixture
+def calls(stub: Any) -> list[Any]:
+    seen: list[Any] = []
+
+    def train(config: RunConfig, *, resume: bool, progress: bool) -> Any:
+        seen.append((config, resume, progress))
+        print("progress")
+        return SimpleNamespace(to_json=lambda: RESULT)
+
+    stub("veneer.train.run", train=train, plan=lambda config: {"steps": 80, "rows": 10, "r": config.lora.r})
+    stub("veneer.evaluate.run_report", report_run=lambda folder, result=None: seen.append(folder))
+    return seen
+
+
+GIVEN = ("train", "--base-model", "smollm2", "--dataset", "d.jsonl", "--output-dir", "out")
+
+
+def test_trains_and_reports(veneer: Any, calls: list[Any]) -> None:
+    answer = veneer(*GIVEN, "--r", "4", "--resume", "--no-progress")
+    assert answer.code == 0
+    [(config, resume, progress), folder] = calls
+    assert (config.lora.r, resume, progress, folder) == (4, True, False, "out")
+    assert "tokens per second" in answer.out
+    assert "note: learning rate 2e-3" in answer.err
+
+
+def test_one_json_object_is_all_there_is(veneer: Any, calls: list[Any]) -> None:
+    answer = veneer(*GIVEN, "--json")
+    assert json.loads(answer.out) == RESULT
+    assert answer.out.count("\n") == 1
+    assert "progress" in answer.err
+    assert calls[0][1:] == (False, True)
+
+
+def test_a_dry_run_only_plans(veneer: Any, calls: list[Any]) -> None:
+    answer = veneer(*GIVEN, "--dry-run", "--json", "--r", "4")
+    assert json.loads(answer.out) == {"steps": 80, "rows": 10, "r": 4}
+    assert calls == []
+    assert "steps" in veneer(*GIVEN, "--dry-run").out
+
+
+def test_bad_settings_never_reach_training(veneer: Any, calls: list[Any]) -> None:
+    answer = veneer(*GIVEN, "--r", "0", "--lora-dropout", "1")
+    assert (answer.code, answer.out, calls) == (2, "", [])
+    assert "--r: got 0" in answer.err
+    assert "--lora-dropout: got 1" in answer.err
+    assert "`veneer train --help`" in answer.err
+
+
+def test_an_interruption_tells_how_to_go_on(veneer: Any, stub: Any, calls: list[Any], tmp_path: Path) -> None:
+    def train(config: RunConfig, **_: Any) -> None:
+        (tmp_path / "checkpoints" / "step-40").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    stub("veneer.train.run", train=train)
+    answer = veneer(*GIVEN[:-1], tmp_path)
+    assert answer.code == 130
+    assert "Traceback" not in answer.err
+    assert f"step 40 is kept. Go on with: veneer train {tmp_path}/run.yaml --resume" in answer.err
+
+
+def test_the_last_checkpoint_is_named_by_number(tmp_path: Path) -> None:
+    assert "nothing to resume" in how_to_go_on(str(tmp_path))
+    for step in ("9", "80", "100", "100.tmp"):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    assert "step 100 is kept" in how_to_go_on(str(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_is_a_message(veneer: Any, stub: Any, calls: list[Any]) -> None:
+    def train(config: RunConfig, **_: Any) -> None:
+        raise NonFiniteLossError("loss is nan at step 3")
+
+    stub("veneer.train.run", train=train)
+    answer = veneer(*GIVEN)
+    assert (answer.code, answer.out, answer.err) == (2, "", "veneer: loss is nan at step 3\n")

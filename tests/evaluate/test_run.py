@@ -1,0 +1,192 @@
+"""The run over a data file, with a stub tokenizer, stub generator and stub likelihood: what is asked of them, and
+what is made of their answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from veneer.errors import ConfigError, DataError, ModelError
+from veneer.evaluate.run import Result, evaluate
+
+ROWS = [{"prompt": f"{n} + 1", "completion": str(n + 1)} for n in range(20)]
+
+
+class Letters:
+    """A tokenizer of one token a character, with a chat template and an end token."""
+
+    chat_template = "as apply_chat_template has it"
+    name_or_path = "letters"
+    eos_token, eos_token_id, bos_token_id = "[end]", 0, None
+
+    def __init__(self):
+        self.all_special_ids, self.added_tokens_decoder = [0], {}
+
+    def __call__(self, texts, **_):
+        one = isinstance(texts, str)
+        ids = [
+            [0 if part == "[end]" else ord(part) for part in self._parts(text)] for text in ([texts] if one else texts)
+        ]
+        return {"input_ids": ids[0] if one else ids}
+
+    def _parts(self, text):
+        return re.findall(r"\[end\]|.", text, re.DOTALL)
+
+    def decode(self, ids):
+        return "".join("[end]" if i == 0 else chr(i) for i in ids)
+
+    def apply_chat_template(self, batch, chat_template=None, tokenize=False, add_generation_prompt=False):
+        def text(messages):
+            turns = "".join(f"[{m['role']}]{m['content']}[end]" for m in messages)
+            return turns + ("[assistant]" if add_generation_prompt else "")
+
+        return [text(messages) for messages in batch]
+
+
+LOADED = SimpleNamespace(model="the model", tokenizer=Letters(), name="stub")
+
+
+def answering(**right):
+    """A generator that is right on the first `right[slot]` rows; it notes its calls."""
+    calls = []
+
+    def generate(model, tokenizer, prompts, slot, max_new_tokens, temperature=1.0, batch_size=0):
+        calls.append((model, slot, max_new_tokens, temperature, batch_size, [tokenizer.decode(p) for p in prompts]))
+        return [str(n + 1) if n < right[slot or "base"] else "I do not know" for n in range(len(prompts))]
+
+    generate.calls = calls
+    return generate
+
+
+def likelihood(**nats):
+    """nats[slot] for each target token, a little more on later rows."""
+
+    def sequence_nll(model, examples, slot):
+        counts = [sum(example.targets) for example in examples]
+        return [(n * (nats[slot or "base"] + 0.01 * row), n) for row, n in enumerate(counts)]
+
+    return sequence_nll
+
+
+def unused(*_, **__):
+    raise AssertionError("must not be called")
+
+
+def test_text_metrics_before_and_after():
+    generate = answering(base=4, default=18)
+    found = evaluate(LOADED, ROWS, metrics=["exact_match"], max_new_tokens=9, generate=generate, sequence_nll=unused)
+    assert [s.score for s in found.metrics["exact_match"].values()] == [0.2, 0.9]
+    difference = found.differences["exact_match"]["adapter"]
+    assert difference.score == pytest.approx(0.7)
+    assert 0.4 < difference.low < 0.7 < difference.high < 1.0
+    (model, slot, tokens, temperature, _, prompts), (_, second, *_) = generate.calls
+    assert (model, slot, second, tokens, temperature) == ("the model", None, "default", 9, 0.0)
+    assert prompts[3] == "[user]3 + 1[end][assistant]"
+
+
+def test_samples_hold_what_was_written_and_what_became_of_it():
+    found = evaluate(LOADED, ROWS, metrics=["exact_match"], generate=answering(base=3, default=2), sequence_nll=unused)
+    sample = found.samples[2]
+    assert (sample.prompt, sample.references) == ("2 + 1", ("3",))
+    assert sample.texts == {"base": "3", "adapter": "I do not know"}
+    outcomes = [s.outcome("exact_match", "base", "adapter") for s in found.samples]
+    assert outcomes == ["right"] * 2 + ["broken"] + ["wrong"] * 17
+    assert sample.outcome("exact_match", "adapter", "base") == "fixed"
+
+
+def test_likelihood_metrics_generate_nothing():
+    found = evaluate(LOADED, ROWS, generate=unused, sequence_nll=likelihood(base=3.0, default=0.5))
+    assert list(found.metrics) == ["loss", "perplexity"]
+    assert found.samples == ()
+    loss = found.metrics["loss"]
+    assert loss["base"].low < loss["base"].score < loss["base"].high
+    assert found.differences["loss"]["adapter"].score == pytest.approx(-2.5)
+    assert found.differences["perplexity"]["adapter"].high < 0
+
+
+def test_json_round_trip_and_the_promised_layout():
+    found = evaluate(
+        LOADED,
+        ROWS,
+        metrics=["exact_match", "loss"],
+        generate=answering(base=1, default=19),
+        sequence_nll=likelihood(base=3.0, default=0.5),
+        where="test.jsonl",
+    )
+    spelt = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert set(spelt["metrics"]["exact_match"]) == {"base", "adapter", "difference"}
+    assert set(spelt["metrics"]["exact_match"]["difference"]) == {"score", "low", "high", "n"}
+    assert (spelt["rows"], spelt["settings"]["dataset"]) == (20, "test.jsonl")
+    assert Result.from_json(spelt) == found
+    assert "examples" not in found.to_json(examples=False)
+
+
+@pytest.mark.parametrize("slots", [{"base": None}, {"base": None, "one": "default", "two": "second"}])
+def test_one_slot_or_three(slots):
+    generate = answering(base=1, default=10, second=20)
+    found = evaluate(LOADED, ROWS, slots=slots, metrics=["accuracy"], generate=generate, sequence_nll=unused)
+    spelt = found.to_json()["metrics"]["accuracy"]
+    assert set(spelt) == {*slots, *(["differences"] if len(slots) == 3 else [])}
+    assert list(found.differences["accuracy"]) == list(slots)[1:]
+    assert Result.from_json(found.to_json()) == found
+
+
+def test_system_prompt_references_and_earlier_turns_reach_the_model():
+    generate = answering(base=0)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}]
+    rows.append({"prompt": "p", "completion": "x", "references": ["y", "I do not know"]})
+    found = evaluate(
+        LOADED,
+        rows,
+        slots={"base": None},
+        metrics=["exact_match"],
+        system_prompt="Be short.",
+        generate=generate,
+        sequence_nll=unused,
+    )
+    prompts = generate.calls[0][-1]
+    assert prompts[0] == "[system]Be short.[end][user]a[end][assistant]b[end][user]c[end][assistant]"
+    assert found.samples[0].prompt == "user: a\n\nassistant: b\n\nuser: c"
+    assert [s.scores["exact_match"]["base"] for s in found.samples] == [0.0, 1.0]
+
+
+def test_progress_is_told():
+    said = []
+    stubs = {"generate": answering(base=0, default=0), "sequence_nll": likelihood(base=1.0, default=1.0)}
+    evaluate(LOADED, ROWS, metrics=["loss", "accuracy"], progress=said.append, **stubs)
+    assert said == [
+        "base: loss of 20 rows",
+        "adapter: loss of 20 rows",
+        "base: generating 20 answers",
+        "adapter: generating 20 answers",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"metrics": ["exact_mach"]}, ConfigError, "did you mean exact_match"),
+        ({"metrics": []}, ConfigError, "no metric"),
+        ({"slots": {}}, ConfigError, "no slot"),
+        ({"slots": {"difference": None}}, ConfigError, "may not be called 'difference'"),
+        ({"rows": []}, DataError, "test.jsonl has no rows"),
+        ({"rows": [*ROWS, {"prompt": "a"}, {"completion": "b"}]}, DataError, r"2 of 22 rows(.|\n)*row 21(.|\n)*row 22"),
+        ({"rows": [*ROWS, {"prompt": "a"}], "metrics": ["loss"]}, DataError, "row 21"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(change, error, words):
+    arguments = {"rows": ROWS, "metrics": ["exact_match"], "where": "test.jsonl", **change}
+    with pytest.raises(error, match=words):
+        evaluate(LOADED, arguments.pop("rows"), generate=unused, sequence_nll=unused, **arguments)
+
+
+def test_a_loss_that_is_no_number_names_slot_and_rows():
+    def sequence_nll(model, examples, slot):
+        return [(float("nan") if slot and row in (3, 8) else 1.0, 1) for row in range(len(examples))]
+
+    with pytest.raises(ModelError, match=r"'adapter' is not finite on 2 of 20 rows \(row 4, 9\)"):
+        evaluate(LOADED, ROWS, generate=unused, sequence_nll=sequence_nll)

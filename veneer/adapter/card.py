@@ -1,0 +1,236 @@
+"""An adapter as a value: plain factors of every module, and a card that says where they come from.
+
+Legend: R rank, I in, O out. ΔW = B A; the training scale s is folded into B and remembered on the card only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from veneer.adapter.faults import json_faults, module_faults, tensor_faults
+from veneer.adapter.files import Unreadable, parse_object, read_whole, write_folder
+from veneer.adapter.formats import JSON_LIMIT, PeftFolder, read_peft, write_peft
+from veneer.errors import AdapterError, ModelError, listed
+from veneer.model.fingerprint import Fingerprint
+
+CARD = "veneer.json"
+FORMAT = 1
+Made = TypeVar("Made")
+
+# Settings that leave no trace in the forward once training is over: ranks and scale are in the tensors.
+# Every other setting counts, so that a new method's settings are part of its identity unless named here.
+_TRAINING_ONLY = frozenset(
+    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules layers_to_transform "
+    "rank_pattern alpha_pattern".split()
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about an adapter beside its tensors; veneer.json.
+
+    method: name in the table of methods. settings: its settings. scales: module path -> the scale s of training.
+    ranks: module path -> R. base: fingerprint of the base, None where nobody recorded it. base_name: what the user
+    called it. storage: how the base was stored while training. template_text: the chat template, for the reader; it
+    is never run. training: the record. parents: identities of the adapters this one was made from.
+    Raises AdapterError for settings that are not JSON; in the training record such values become text.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    scales: dict[str, float]
+    ranks: dict[str, int]
+    base: Fingerprint | None = None
+    base_name: str | None = None
+    storage: str | None = None
+    template_text: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+    veneer_version: str = ""
+    created: str = ""
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Keep copies in the form in which they are read back, so that a card equals itself after a save."""
+        try:
+            settings = json.loads(json.dumps(self.settings, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"card.settings: {error}. Use numbers, text, lists and objects only.") from error
+        object.__setattr__(self, "settings", settings)
+        object.__setattr__(self, "training", _recordable(self.training))
+        object.__setattr__(self, "scales", {module: float(scale) for module, scale in sorted(self.scales.items())})
+        object.__setattr__(self, "ranks", dict(sorted(self.ranks.items())))
+        object.__setattr__(self, "parents", tuple(self.parents))
+
+    def to_json(self) -> dict[str, Any]:
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {**found, "base": self.base and self.base.to_json(), "parents": list(self.parents)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Card:
+        """The inverse of `to_json`. Raises AdapterError with every key that is missing, unknown or of another type."""
+        if value.get("format") != FORMAT:
+            writer = f"veneer {value.get('veneer_version') or 'of an unknown version'}"
+            raise AdapterError(
+                f"{CARD}: got format {value.get('format')!r:.80}, wanted {FORMAT}. "
+                f"Written by {writer:.40}; use that one."
+            )
+        needed = [entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
+        faults = json_faults(value, {entry.name: str(entry.type) for entry in fields(cls)}, needed)
+        base = value.get("base")
+        try:
+            base = None if base is None else Fingerprint.from_json(base)
+        except ModelError as error:
+            faults.append(f"base: {error}")
+        if faults:
+            next_step = "Restore it, or delete it to load without a card."
+            raise AdapterError(listed(f"{CARD} is not understood:", faults, next_step))
+        return cls(**{**value, "base": base})
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Plain low-rank factors and their card.
+
+    tensors: `<module path>.a` (R, I) and `<module path>.b` (O, R), so that ΔW = b @ a; float32, contiguous, on the CPU,
+    finite, sorted by name; copies of what was given, so that training on does not change a value. Two adapters are the
+    same if their `identity` is. Raises AdapterError with every fault.
+    """
+
+    tensors: dict[str, Tensor]
+    card: Card
+
+    def __post_init__(self) -> None:
+        if faults := [*tensor_faults(self.tensors), *module_faults(self.tensors, self.card.ranks, self.card.scales)]:
+            raise AdapterError(listed("Not an adapter:", faults, "Nothing was made."))
+        owned = {name: _owned(tensor) for name, tensor in sorted(self.tensors.items())}
+        object.__setattr__(self, "tensors", owned)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that changes what the adapter computes on its base; computed anew at each call.
+
+        Names, types, shapes and bytes of the tensors; the base's weights, architecture and tokenizer; the method and
+        those of its settings that change the forward. Not: template, training record, parents, names, versions.
+        """
+        base = self.card.base or Fingerprint()
+        settings = {key: value for key, value in self.card.settings.items() if key not in _TRAINING_ONLY}
+        about = [FORMAT, self.card.method, settings, base.weights, base.architecture, base.tokenizer]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for name, tensor in self.tensors.items():
+            digest.update(json.dumps([name, "F32", list(tensor.shape)]).encode())
+            digest.update(tensor.numpy().astype("<f4", copy=False).reshape(-1).data)
+        return digest.hexdigest()
+
+    def modules(self) -> list[str]:
+        """Paths of the adapted modules, layer 2 before layer 10."""
+        return sorted((name.removesuffix(".a") for name in self.tensors if name.endswith(".a")), key=_natural)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """(a_RI, b_OR) of one module. Raises KeyError."""
+        return self.tensors[f"{module}.a"], self.tensors[f"{module}.b"]
+
+    @classmethod
+    def load(cls, folder: str | PathLike[str]) -> Adapter:
+        """Read a PEFT folder, with or without a card. Raises AdapterError with every fault.
+
+        With a card, the tensors must be those that it was written for.
+        """
+        path, faults = Path(folder), []
+        if not path.is_dir():
+            wanted = "Wanted a folder with adapter_config.json and adapter_model.safetensors."
+            raise AdapterError(f"{path}: {'a file' if path.exists() else 'no such folder'}. {wanted}")
+        peft = read_peft(path, faults)
+        about = _read_card(path, faults)
+        identity = about.pop("identity", None) if about is not None else None
+        adapter = _try(faults, lambda: cls._from_peft(peft, about))
+        if adapter is not None and about is not None and identity != adapter.identity:
+            faults.append(
+                f"{CARD}: written for identity {identity!r:.80}, the folder holds {adapter.identity}: a file was "
+                f"changed or damaged. If that was on purpose, delete {CARD}; it then loads as 'base unverified'"
+            )
+        if faults or adapter is None:
+            raise AdapterError(listed(f"{path} cannot be loaded:", faults, "Nothing was loaded."))
+        return adapter
+
+    @classmethod
+    def _from_peft(cls, peft: PeftFolder | None, about: Mapping[str, Any] | None) -> Adapter | None:
+        card = Card.from_json(about) if about is not None else None
+        if peft is None:
+            return None
+        if card is None:
+            ranks = {module: len(a_RI) for module, (a_RI, _) in peft.factors.items()}
+            card = Card("lora", peft.settings, peft.scales, ranks, base_name=peft.base_name)
+        named = {f"{module}.a": a_RI for module, (a_RI, _) in peft.factors.items()}
+        return cls(named | {f"{module}.b": b_OR for module, (_, b_OR) in peft.factors.items()}, card)
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write a PEFT folder with a card; other files in the folder stay. Equal adapters give equal bytes.
+
+        Each file appears whole. Should the power fail between two of them, `load` notices by the identity.
+        """
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise AdapterError(f"{path}: a file. Wanted a folder, or a new name for one.")
+        card = {**self.card.to_json(), "identity": self.identity}
+        files = write_peft({module: self.factors(module) for module in self.modules()}, self.card.base_name)
+        files[CARD] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
+        try:
+            write_folder(path, files)
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be written ({error}). Choose another folder or make room.") from error
+        return path
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _natural(module: str) -> list[tuple[int, int | str]]:
+    """Sort key that reads digits as numbers; a number comes before a word."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"[.]|(?<=\D)(?=\d)", module)]
+
+
+def _recordable(value: Any) -> Any:
+    """JSON made of any record: what JSON lacks becomes text, so that a finished training can always be saved."""
+    if isinstance(value, Mapping):
+        return {str(key): _recordable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_recordable(item) for item in value]
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, numbers.Integral):  # numpy's too
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else str(value)
+
+
+def _try(faults: list[str], make: Callable[[], Made]) -> Made | None:
+    """What `make` returns; None, and its message among the faults, where it raises AdapterError."""
+    try:
+        return make()
+    except AdapterError as error:
+        faults.append(str(error))
+        return None
+
+
+def _read_card(folder: Path, faults: list[str]) -> dict[str, Any] | None:
+    if not os.path.lexists(folder / CARD):
+        return None
+    try:
+        return parse_object(read_whole(folder / CARD, JSON_LIMIT), CARD)
+    except Unreadable as error:
+        faults.append(str(error))
+        return None

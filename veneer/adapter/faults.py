@@ -1,0 +1,94 @@
+"""What can be wrong with an adapter: each function names all faults of its kind, one line for those that are alike.
+
+Legend: R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+MODULE = re.compile(
+    r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
+)  # a module path; nothing that could reach a log or a file name
+
+
+def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = 8) -> None:
+    """Append one fault for all the places that share it, if there are any."""
+    if where:
+        more = f" and {len(where) - shown} more" if len(where) > shown else ""
+        faults.append(f"{what}: {', '.join(where[:shown])}{more}")
+
+
+def chains(a: Tensor, b: Tensor) -> bool:
+    """Whether a (R, I) and b (O, R) are matrices without an empty side and of one rank R."""
+    return a.dim() == b.dim() == 2 and len(a) == b.shape[1] and min(*a.shape, *b.shape) > 0
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool(tensor.isfinite().all())
+
+
+def tensor_faults(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Faults of an adapter's tensors: names, missing halves, shapes, types, values."""
+    faults: list[str] = []
+    odd = [name for name in tensors if not MODULE.fullmatch(name[:-2]) or name[-2:] not in (".a", ".b")]
+    pairs = {name[:-2] for name in tensors if name not in odd}
+    whole = sorted(module for module in pairs if f"{module}.a" in tensors and f"{module}.b" in tensors)
+    shapes = {module: (tensors[f"{module}.a"], tensors[f"{module}.b"]) for module in whole}
+    add_fault(faults, "names (wanted <module path>.a or .b)", [f"{name!r:.200}" for name in odd])
+    add_fault(faults, "one factor of two", sorted(pairs - set(whole)))
+    add_fault(
+        faults,
+        "shapes do not chain (wanted a [R, I] and b [O, R])",
+        [f"{m} (a {list(a.shape)}, b {list(b.shape)})" for m, (a, b) in shapes.items() if not chains(a, b)],
+    )
+    add_fault(faults, "not floating point", [n for n, t in tensors.items() if not t.is_floating_point()])
+    add_fault(faults, "NaN or infinite values", [n for n, t in tensors.items() if not finite(t)])
+    return faults if tensors else ["no tensors"]
+
+
+def module_faults(tensors: Mapping[str, Tensor], ranks: Mapping[str, int], scales: Mapping[str, float]) -> list[str]:
+    """Where a card's ranks and scales are not those of the tensors."""
+    faults: list[str] = []
+    found = {name[:-2]: len(tensor) for name, tensor in tensors.items() if name.endswith(".a") and tensor.dim()}
+    wrong = [m for m in sorted(found.keys() | ranks.keys()) if found.get(m) != ranks.get(m)]
+    add_fault(faults, "card.ranks", [f"{m} (card {ranks.get(m)}, tensors {found.get(m)})" for m in wrong])
+    add_fault(faults, "card.scales lacks", sorted(found.keys() - scales.keys()))
+    add_fault(faults, "card.scales names modules without tensors", sorted(scales.keys() - found.keys()))
+    bad = [f"{m} ({s})" for m, s in scales.items() if s == 0 or not math.isfinite(s)]
+    add_fault(faults, "card.scales must be finite and not 0", bad)
+    return faults
+
+
+def json_faults(value: Mapping[str, Any], kinds: Mapping[str, str], needed: Sequence[str]) -> list[str]:
+    """Keys of a JSON object that are missing, unknown or of another kind.
+
+    kinds: key -> the declared type of the dataclass field that it fills.
+    """
+    faults = [f"{name}: missing" for name in needed if name not in value]
+    faults += [f"{name!r:.80}: not a known key" for name in value if name not in kinds]
+    for name, kind in kinds.items():
+        if name in value and not _is(kind, value[name]):
+            faults.append(f"{name}: got {value[name]!r:.80}, wanted {kind}")
+    return faults
+
+
+def _is(kind: str, value: Any) -> bool:
+    """Whether a JSON value fits a declared type."""
+    if kind.endswith(" | None"):
+        return value is None or _is(kind.removesuffix(" | None"), value)
+    if kind.startswith("dict[str, "):
+        return isinstance(value, dict) and all(_is(kind[len("dict[str, ") : -1], item) for item in value.values())
+    if kind == "tuple[str, ...]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "float":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind == "Any" or isinstance(value, str if kind == "str" else dict)

@@ -1,0 +1,106 @@
+"""Whether an adapter belongs on a base model: the check that stands before every attach, merge and serve.
+
+PEFT loads an adapter onto other weights, or onto a model with fewer layers, without a word.
+Legend: I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from veneer.adapter.card import Adapter
+from veneer.adapter.faults import add_fault
+from veneer.adapter.patterns import TooCostly, named
+from veneer.errors import WrongBaseError, listed
+from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
+
+_MEANING = {
+    "weights": "other weights: another model, revision or fine-tune",
+    "architecture": "another architecture or other settings, such as the number of layers or the rotary embedding",
+    "tokenizer": "another tokenizer: the same text becomes other token ids",
+}
+
+
+def check_base(adapter: Adapter, model: nn.Module, fingerprint: Fingerprint) -> list[str]:
+    """Notes for the user on an adapter and the base model that it is to be put on; usually none.
+
+    fingerprint: the model's. A part that either side does not know is one note, and so is another chat template.
+    Raises WrongBaseError with every difference: fingerprint, modules that are missing, modules that have no factors
+    though the adapter's targets mean them, and shapes that do not fit.
+    """
+    recorded = adapter.card.base or Fingerprint()
+    differences = {difference.part: difference for difference in compare(recorded, fingerprint)}
+    faults = [
+        f"{part}: adapter {differences[part].adapter[:12]}, model {differences[part].model[:12]} ({meaning})"
+        for part, meaning in _MEANING.items()
+        if part in differences
+    ]
+    notes = _unverified(adapter, recorded, fingerprint)
+    if "template" in differences:
+        notes.append("chat template: the adapter was trained with another one than this tokenizer's")
+    shapes = {path: shape for path, module in model.named_modules() if (shape := _shape_OI(module))}
+    faults += _unfit(adapter, shapes)
+    if recorded.architecture == UNKNOWN:  # else the fingerprint has told
+        faults += _uncovered(adapter, sorted(shapes), notes)
+    if faults:
+        name = adapter.card.base_name
+        next_step = f"Load the base it was trained on{f' ({name!r})' if name else ''}, or train it for this one."
+        raise WrongBaseError(listed("The adapter does not belong on this base model:", faults, next_step))
+    return notes
+
+
+def _unverified(adapter: Adapter, recorded: Fingerprint, model: Fingerprint) -> list[str]:
+    """One note on all that could not be compared; the template is not worth one."""
+    if adapter.card.base is None:
+        return ["base unverified: the adapter does not record which base it was trained on"]
+    recorded_parts, model_parts = recorded.to_json(), model.to_json()
+    reasons = [
+        f"{part} unknown for the {side}"
+        for part in _MEANING
+        for side, parts in (("adapter", recorded_parts), ("model", model_parts))
+        if parts[part] == UNKNOWN
+    ]
+    return [f"base unverified: {', '.join(reasons)}"] if reasons else []
+
+
+def _shape_OI(module: Any) -> tuple[int, int] | None:
+    """(O, I) of a linear layer; None for anything else."""
+    if isinstance(getattr(module, "out_features", None), int):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, stored as (I, O)
+        return module.nf, module.nx
+    return None
+
+
+def _unfit(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """Adapted layers that the model lacks, or has in another shape."""
+    faults: list[str] = []
+    wrong = []
+    for module in adapter.modules():
+        a_RI, b_OR = adapter.factors(module)
+        adapter_OI = (len(b_OR), a_RI.shape[1])
+        if shapes.get(module, adapter_OI) != adapter_OI:
+            wrong.append(f"{module} (adapter {list(adapter_OI)}, model {list(shapes[module])})")
+    add_fault(faults, "linear layers that the model lacks", [m for m in adapter.modules() if m not in shapes])
+    add_fault(faults, "layers of another shape [out, in]", wrong)
+    return faults
+
+
+def _uncovered(adapter: Adapter, linears: Sequence[str], notes: list[str]) -> list[str]:
+    """Layers of the model that the recorded targets mean but the adapter lacks: the base it comes from had fewer."""
+    faults: list[str] = []
+    settings = adapter.card.settings
+    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
+    if not targets or targets == "all-linear" or settings.get("layers_to_transform") is not None:
+        return []
+    try:
+        meant = set(named(targets, linears)) - set(named(excluded or [], linears))
+    except TooCostly as error:
+        notes.append(f"target_modules not compared with the model's layers: {error}")
+        return []
+    uncovered = [module for module in linears if module in meant and module not in adapter.card.ranks]
+    add_fault(faults, "layers that target_modules means but the adapter has no factors for", uncovered)
+    return faults

@@ -1,0 +1,41 @@
+"""The plain storage: W as it is, in float32 or bfloat16.
+
+Legend: T tokens, I in, O out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from veneer.bases.base import Base
+
+
+class Dense(Base):
+    """A dense frozen weight (O, I)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Dense:
+        return cls(linear.weight, linear.bias)
+
+    def matmul(self, x_TI: Tensor) -> Tensor:
+        return torch.mm(x_TI.to(self.weight.dtype), self.weight.t()).to(x_TI.dtype)
+
+    def matmul_t(self, g_TO: Tensor) -> Tensor:
+        return torch.mm(g_TO.to(self.weight.dtype), self.weight).to(g_TO.dtype)
+
+    def dense(self) -> Tensor:
+        return self.weight.detach().to(torch.float32, copy=True)
+
+    def packed(self, w_OI: Tensor) -> Dense:
+        if w_OI.shape != self.weight.shape:
+            raise ValueError(f"packed: got {tuple(w_OI.shape)}, wanted {tuple(self.weight.shape)}")
+        weight = nn.Parameter(w_OI.detach().to(self.weight, copy=True), requires_grad=False)
+        return Dense(weight, self.bias)

@@ -1,0 +1,122 @@
+"""`veneer VERB ...`: the table of verbs, and what every verb has in common: exit codes and errors.
+
+Exit codes: 0 success, 1 a bug of veneer (with its traceback), 2 bad input (one message), 130 interrupted.
+Nothing heavy is imported here; a verb's module is imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from veneer.cli.output import results, results_only, say
+from veneer.errors import ConfigError, VeneerError, nearest
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("veneer.cli.demo:run", "the whole life of one adapter on smollm2, in minutes on two cores"),
+    "train": ("veneer.cli.train:run", "data + base -> adapter folder, metrics, report"),
+    "eval": ("veneer.cli.eval:run", "base and adapters on a data file, with intervals"),
+    "generate": ("veneer.cli.generate:run", "text from the base or an adapter"),
+    "chat": ("veneer.cli.chat:run", "talk to the base and its adapters, switching live"),
+    "data": ("veneer.cli.data:run", "data preview: what the model will see of a data file"),
+    "merge": ("veneer.cli.merge:run", "an adapter into its base -> a model folder, with an error report"),
+}
+"""Verb -> (module:function that takes the words after the verb, one line of help)."""
+
+_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    # pydantic looks for plugins in every installed package: a tenth of a second that no verb has a use for.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] == "help":
+        words = [*words[1:2], "--help"]
+    if not words:
+        say(overview())
+        return 2
+    if words[0] in ("--help", "-h"):
+        print(overview(), file=results())
+        return 0
+    if words[0] == "--version":
+        print(_version(), file=results())
+        return 0
+    if words[0] not in VERBS:
+        return _unknown_verb(words[0])
+    with results_only():
+        return _run(words[0], words[1:])
+
+
+def overview() -> str:
+    """The text of `veneer --help`."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in VERBS.items())
+    return (
+        "veneer: LoRA you can check. Train it fast, see what it learned and forgot, ship exactly that.\n\n"
+        f"usage: veneer VERB [FILE.yaml] [--option value ...]\n\n{verbs}\n\n"
+        "`veneer VERB --help` lists the options of a verb; every verb takes --json. Start with: veneer demo"
+    )
+
+
+def _run(verb: str, words: list[str]) -> int:
+    """Call the verb; turn what it raises into a message and an exit code."""
+    try:
+        module, function = VERBS[verb][0].split(":")
+        code: int | None = getattr(importlib.import_module(module), function)(words)
+        results().flush()
+        return code or 0
+    except VeneerError as error:
+        say(f"veneer: {error}")
+        if isinstance(error, ConfigError):
+            say(f"`veneer {verb} --help` lists the options.")
+        return 2
+    except KeyboardInterrupt:
+        say("veneer: interrupted")
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            return _bug()
+        say(f"veneer: {error.strerror}: {error.filename or 'no file named'}; make room or choose another place")
+        return 2
+    except Exception:
+        return _bug()
+
+
+def _bug() -> int:
+    import traceback
+
+    traceback.print_exc()
+    say("veneer: this is a bug in veneer, not in what you typed; please report it with the traceback above")
+    return 1
+
+
+def _unknown_verb(word: str) -> int:
+    near = nearest(word, VERBS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    say(f"veneer: unknown verb {word}{hint}\nThe verbs are: {', '.join(VERBS)}.")
+    return 2
+
+
+def _silence_stdout() -> None:
+    # The reader has gone (`veneer generate | head`); without this, Python complains once more while it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"veneer {version('veneer')}"
+    except PackageNotFoundError:
+        return "veneer (not installed: run from its source)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`veneer generate`: text from the base or an adapter, streamed where there is one answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli.load import open_model
+from veneer.cli.output import print_json, results
+from veneer.cli.parse import Command, parse
+from veneer.config import DecodingSettings, GenerateSettings
+
+if TYPE_CHECKING:
+    from veneer.data.chat import Conversation
+    from veneer.model.load import Loaded
+
+SLOT = "adapter"
+COMMAND = Command(
+    name="generate",
+    summary="text from the base or an adapter",
+    settings=GenerateSettings,
+    positional="prompt",
+    example='veneer generate "What is a veneer?" --adapter out/skill',
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer one prompt, or every row of a file."""
+    parsed = parse(argv, COMMAND)
+    settings = parsed.settings
+    conversations = _conversations(settings)
+    loaded = open_model(settings.base_model, {SLOT: settings.adapter} if settings.adapter else {}, settings.dtype)
+    if settings.dataset is None and settings.num_return_sequences == 1 and not parsed.json:
+        _stream(loaded, settings, conversations[0])
+        return 0
+    answers = _answers(loaded, settings, conversations)
+    if parsed.json:
+        print_json({"base_model": loaded.name, "adapter": settings.adapter, "answers": answers})
+    for answer in () if parsed.json else answers:
+        _print(answer, rows=settings.dataset is not None)
+    return 0
+
+
+def decoding(settings: DecodingSettings) -> dict[str, Any]:
+    """The arguments that `generate` and `stream` share."""
+    return {name: getattr(settings, name) for name in DecodingSettings.model_fields}
+
+
+def _conversations(settings: GenerateSettings) -> list[Conversation]:
+    from veneer.data.chat import Conversation, conversation
+    from veneer.data.sources import read_rows
+
+    if settings.dataset is None:
+        text = sys.stdin.read().rstrip("\n") if settings.prompt == "-" else settings.prompt
+        return [Conversation(({"role": "user", "content": text},), (), "messages")]
+    rows = read_rows(settings.dataset)[: settings.limit]
+    return [conversation(row, f"{settings.dataset}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _prompts(loaded: Loaded, settings: GenerateSettings, conversations: list[Conversation]) -> list[list[int]]:
+    from veneer.data.chat import Template
+
+    template = Template(loaded.tokenizer, settings.system_prompt)
+    return [template.prompt_ids(conversation) for conversation in conversations]
+
+
+def _stream(loaded: Loaded, settings: GenerateSettings, conversation: Conversation) -> None:
+    from veneer.model.generate import stream
+
+    [prompt_ids] = _prompts(loaded, settings, [conversation])
+    slot = SLOT if settings.adapter else None
+    for piece in stream(loaded.model, loaded.tokenizer, prompt_ids, slot=slot, **decoding(settings)):
+        print(piece, end="", file=results(), flush=True)
+    print(file=results(), flush=True)
+
+
+def _answers(loaded: Loaded, settings: GenerateSettings, conversations: list[Conversation]) -> list[dict[str, Any]]:
+    """One object a prompt; the answers of one prompt differ by the seed, counted up from the one given."""
+    from veneer.model.generate import generate
+
+    prompts, slot = _prompts(loaded, settings, conversations), SLOT if settings.adapter else None
+    options = {**decoding(settings), "batch_size": settings.batch_size}
+    runs = []
+    for number in range(settings.num_return_sequences):
+        options["seed"] = settings.seed + number
+        runs.append(generate(loaded.model, loaded.tokenizer, prompts, slot=slot, **options))
+    said = [_last_user(conversation) for conversation in conversations]
+    return [{"row": i, "prompt": text, "texts": [r[i] for r in runs]} for i, text in enumerate(said)]
+
+
+def _last_user(conversation: Conversation) -> str:
+    turns = [message["content"] for message in conversation.messages if message["role"] == "user"]
+    return turns[-1] if turns else ""
+
+
+def _print(answer: dict[str, Any], rows: bool) -> None:
+    """A row as a line of JSON (a text may hold line ends), the answers to a prompt as they are."""
+    if rows:
+        print_json(answer)
+    else:
+        print(*answer["texts"], sep="\n---\n", file=results())

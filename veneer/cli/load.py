@@ -1,0 +1,40 @@
+"""Base and adapters, ready to speak, for the verbs that need a model in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from veneer.cli.output import say
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.model.load import Loaded
+
+
+def base_of(base_model: str | None, folders: Sequence[str]) -> str:
+    """The base to load: the one given, else the one that all adapters name. ConfigError: none, or several."""
+    if base_model is not None:
+        return base_model
+    from veneer.adapter.card import Adapter
+
+    named = {folder: Adapter.load(folder).card.base_name for folder in folders}
+    bases = set(named.values())
+    if len(bases) == 1 and (base := bases.pop()):
+        say(f"base model: {base}, as the adapter says")
+        return base
+    told = ", ".join(f"{folder} names {base or 'none'}" for folder, base in named.items())
+    raise ConfigError(f"which base model? {told}; give --base-model")
+
+
+def open_model(base_model: str | None, adapters: Mapping[str, str], dtype: str) -> Loaded:
+    """The base with every adapter (slot name -> folder) attached."""
+    from veneer.adapter.attach import attach
+    from veneer.adapter.card import Adapter
+    from veneer.model.load import load
+
+    values = {name: Adapter.load(folder) for name, folder in adapters.items()}
+    loaded = load(base_of(base_model, list(adapters.values())), dtype)
+    for name, adapter in values.items():
+        attach(loaded.model, adapter, name=name)
+    return loaded

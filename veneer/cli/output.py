@@ -1,0 +1,108 @@
+"""Where a verb writes: results on standard output, everything else on standard error.
+
+While a verb runs, `print` goes to standard error (`results_only`), so that no library can spoil the results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+_results: list[IO[str]] = []
+
+
+@contextlib.contextmanager
+def results_only() -> Iterator[None]:
+    """Inside, only `results()` reaches standard output."""
+    _results.append(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.pop()
+
+
+def results() -> IO[str]:
+    """The stream that carries results."""
+    return _results[-1] if _results else sys.stdout
+
+
+def say(text: str) -> None:
+    """A line for the person: standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line of the results. NaN and infinity, which JSON lacks, become null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str), file=results(), flush=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool) -> None:
+    """A table: a result for people, so on standard error where JSON is the result."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Text, not str: in a str, rich reads [name] as markup.
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
+    for place, column in enumerate(columns):
+        table.add_column(Text(column), overflow="fold", justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    Console(file=sys.stderr if json else results(), highlight=False).print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
+    """Facts as a table of name and value; a list of objects among them as a table of its own, notes as lines."""
+    tables = {name: value for name, value in facts.items() if _is_rows(value)}
+    notes = facts.get("notes") or ()
+    plain = [(_words(name), v) for name, v in _flat(facts) if name not in tables and name != "notes"]
+    print_table(title, ("", ""), plain, json=json)
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        body = [[row.get(key) for key in columns] for row in rows]
+        print_table(_words(name), [_words(key) for key in columns], body, json=json)
+    for note in notes:
+        say(f"note: {note}")
+
+
+def shown(value: Any) -> str:
+    """A value for a table: four figures of a float, thousands apart in an int."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 or not math.isfinite(value) else f"{value:,.0f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={shown(v)}" for key, v in value.items())
+    return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{name} {inner}", v) for inner, v in _flat(value))
+        else:
+            yield name, value
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,154 @@
+"""From words on the command line to settings; the settings class is the only list of options."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from veneer.cli.help import help_text
+from veneer.cli.output import results
+from veneer.config import Option, Settings, options_of, read, read_yaml
+from veneer.config.faults import unknown
+
+S = TypeVar("S", bound=Settings)
+_YES_NO = {"true", "false", "yes", "no", "on", "off"}
+
+
+@dataclass(frozen=True)
+class Command(Generic[S]):
+    """A verb as the parser sees it. `switches`: what to do, not how, so never in a YAML file; name -> help."""
+
+    name: str
+    summary: str
+    settings: type[S]
+    positional: str | None = None
+    switches: dict[str, str] = field(default_factory=dict)
+    example: str = ""
+
+    @property
+    def all_switches(self) -> dict[str, str]:
+        """The verb's own switches and those of every verb."""
+        return {**self.switches, "json": "print one JSON object on standard output, the rest on standard error"}
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[S]):
+    """What the user asked for."""
+
+    settings: S
+    on: frozenset[str]
+    """The switches that are on."""
+
+    @property
+    def json(self) -> bool:
+        """Whether the result is to be one JSON object."""
+        return "json" in self.on
+
+
+def parse(argv: Sequence[str], command: Command[S]) -> Parsed[S]:
+    """Settings and switches. `--help` prints and exits 0; ConfigError lists every fault of files and command line."""
+    words = list(argv)
+    if {"--help", "-h"} & set(words[: words.index("--")] if "--" in words else words):
+        print(help_text(command), file=results())
+        raise SystemExit(0)
+    line = _Line(command)
+    line.take(deque(words))
+    files = [read_yaml(path) for path in line.files]
+    settings = read(command.settings, *files, line.options, spell=kebab, faults=line.faults)
+    return Parsed(settings, frozenset(name for name, on in line.switches.items() if on))
+
+
+def kebab(name: str) -> str:
+    """How an option is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+class _Line:
+    """One command line, word by word: options and switches under their own names, files, faults."""
+
+    def __init__(self, command: Command[S]) -> None:
+        self.command = command
+        self.known = {s: o for o in options_of(command.settings).values() for s in (*o.aliases, o.name)}
+        self.options: dict[str, str] = {}
+        self.switches: dict[str, bool] = {}
+        self.files: list[str] = []
+        self.faults: list[str] = []
+
+    def take(self, words: deque[str]) -> None:
+        while words:
+            word = words.popleft()
+            if word == "--":
+                self._positional(words.popleft() for _ in range(len(words)))
+            elif word.startswith("--"):
+                self._option(word, words)
+            elif word.startswith("-") and word != "-" and not _is_number(word):
+                self.faults.append(self._single_dash(word, words))
+            else:
+                self._positional([word])
+
+    def _option(self, word: str, words: deque[str]) -> None:
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        positive = name.removeprefix("no_")
+        negated = name not in self.known and positive != name and self._is_flag(positive)
+        if self._is_flag(positive if negated else name):
+            text = value if equals else words.popleft() if words and words[0].lower() in _YES_NO else "true"
+            self._flag(positive if negated else name, text, negated)
+        elif equals or (words and not words[0].startswith("--")):
+            self._set(name, value if equals else words.popleft())
+        else:
+            self.faults.append(self._unknown(name) if name not in self.known else f"{kebab(name)} needs a value")
+
+    def _flag(self, name: str, text: str, negated: bool) -> None:
+        on = (text.lower() in ("true", "yes", "on", "1")) != negated
+        if text.lower() not in _YES_NO | {"0", "1"}:
+            self.faults.append(f"{kebab(name)}: got {text}, wanted true or false")
+        elif name in self.known:
+            self._set(name, str(on).lower())
+        else:
+            self.switches[name] = on
+
+    def _set(self, name: str, value: str) -> None:
+        option = self.known.get(name)
+        if option is None:
+            self.faults.append(self._unknown(name))
+        elif option.name not in self.options:
+            self.options[option.name] = value
+        elif option.kind in ("list", "dict"):
+            self.options[option.name] += "," + value
+        elif self.options[option.name] != value:
+            self.faults.append(f"{kebab(option.name)} is given twice: {self.options[option.name]} and {value}")
+
+    def _positional(self, words: Iterable[str]) -> None:
+        for word in words:
+            if word.endswith((".yaml", ".yml")):
+                self.files.append(word)
+            elif self.command.positional:
+                self._set(self.command.positional, word)
+            else:
+                self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml")
+
+    def _is_flag(self, name: str) -> bool:
+        option: Option | None = self.known.get(name)
+        return option.kind == "flag" if option else name in self.command.all_switches
+
+    def _unknown(self, name: str) -> str:
+        return unknown(self.command.settings, name, kebab, self.command.all_switches)
+
+    def _single_dash(self, word: str, words: deque[str]) -> str:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if name not in self.known:
+            return f"unknown option {word}"
+        if words and not words[0].startswith("-"):
+            words.popleft()
+        return f"unknown option {word}; write {kebab(name)}"
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,66 @@
+"""`veneer train`: data + base -> adapter folder, metrics, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from veneer.cli.output import print_facts, print_json, say
+from veneer.cli.parse import Command, Parsed, parse
+from veneer.config import RunConfig
+
+COMMAND = Command(
+    name="train",
+    summary="data + base -> adapter folder, metrics, report",
+    settings=RunConfig,
+    switches={
+        "resume": "go on from the last checkpoint in output_dir",
+        "dry_run": "say what would be done, loading no weights",
+        "no_progress": "no progress bar",
+    },
+    example="veneer train --base-model smollm2 --dataset train.jsonl --output-dir out/skill",
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train, or tell the plan."""
+    parsed = parse(argv, COMMAND)
+    return _plan(parsed) if "dry_run" in parsed.on else _train(parsed)
+
+
+def _plan(parsed: Parsed[RunConfig]) -> int:
+    from veneer.train.run import plan
+
+    facts = plan(parsed.settings)
+    print_facts("plan (nothing was trained)", facts, json=parsed.json)
+    if parsed.json:
+        print_json(facts)
+    return 0
+
+
+def _train(parsed: Parsed[RunConfig]) -> int:
+    from veneer.evaluate.run_report import report_run
+    from veneer.train.run import train
+
+    config = parsed.settings
+    try:
+        result = train(config, resume="resume" in parsed.on, progress="no_progress" not in parsed.on)
+    except KeyboardInterrupt:
+        say("\n" + how_to_go_on(config.output_dir))
+        raise
+    report_run(config.output_dir)
+    facts = result.to_json()
+    print_facts("trained", facts, json=parsed.json)
+    say(f"next: veneer eval --adapter {config.output_dir} --dataset HELD_OUT.jsonl")
+    if parsed.json:
+        print_json(facts)
+    return 0
+
+
+def how_to_go_on(output_dir: str) -> str:
+    """What an interrupted run left behind, and the command that uses it."""
+    steps = [path.name.removeprefix("step-") for path in Path(output_dir, "checkpoints").glob("step-*")]
+    numbers = sorted(int(step) for step in steps if step.isdigit())
+    if not numbers:
+        return "No checkpoint had been written, so there is nothing to resume; --save-steps N writes them more often."
+    return f"The checkpoint of step {numbers[-1]} is kept. Go on with: veneer train {output_dir}/run.yaml --resume"

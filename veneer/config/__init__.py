@@ -1,0 +1,68 @@
+"""Typed settings, free of torch <-> YAML <-> command line; one home per option.
+
+    RunConfig(base_model="smollm2", output_dir="out", data=DataSettings(dataset="train.jsonl"))
+    RunConfig.from_flat({"model": "smollm2", "dataset": "train.jsonl", "output_dir": "out", "lora_rank": 8})
+
+An option is a field: its name, type, limits, default and help text stand there and nowhere else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.config.aliases import ADVICE, ALIASES
+    from veneer.config.files import dump_yaml, read_yaml, write_yaml
+    from veneer.config.options import Option, options_of
+    from veneer.config.run import DataSettings, LoraSettings, RunConfig, TrainSettings
+    from veneer.config.settings import Settings, read
+    from veneer.config.verbs import (
+        BaseSettings,
+        ChatSettings,
+        DecodingSettings,
+        EvalSettings,
+        GenerateSettings,
+        MergeSettings,
+        PreviewSettings,
+    )
+
+__all__ = [
+    "ADVICE",
+    "ALIASES",
+    "BaseSettings",
+    "ChatSettings",
+    "DataSettings",
+    "DecodingSettings",
+    "EvalSettings",
+    "GenerateSettings",
+    "LoraSettings",
+    "MergeSettings",
+    "Option",
+    "PreviewSettings",
+    "RunConfig",
+    "Settings",
+    "TrainSettings",
+    "dump_yaml",
+    "options_of",
+    "read",
+    "read_yaml",
+    "write_yaml",
+]
+
+_HOMES = {
+    "aliases": "ADVICE ALIASES",
+    "files": "dump_yaml read_yaml write_yaml",
+    "options": "Option options_of",
+    "run": "DataSettings LoraSettings RunConfig TrainSettings",
+    "settings": "Settings read",
+    "verbs": "BaseSettings ChatSettings DecodingSettings EvalSettings GenerateSettings MergeSettings PreviewSettings",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: `--help` of one verb then builds the settings of one verb, which keeps it under half a second.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"veneer.config.{_HOME[name]}"), name)

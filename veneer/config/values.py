@@ -1,0 +1,96 @@
+"""Types that an option can have, and how a value written as text becomes one.
+
+A list may be written `a,b`, a dictionary `a=1,b=2`; both also as JSON. The same spellings work in a YAML file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """What stands for the value in `--help`: `--dataset FILE`."""
+
+    text: str
+
+
+def split_list(value: Any) -> Any:
+    """`a,b` or `["a", "b"]` -> list; anything but text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    return _json(value, list) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",") if v.strip()]
+
+
+def split_dict(value: Any) -> Any:
+    """`a=1,b=2` or `{"a": 1}` -> dict; anything but text is left as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return _json(value, dict)
+    return dict(_pair(item) for item in value.split(",") if item.strip())
+
+
+def _pair(item: str) -> tuple[str, str]:
+    # The last '=': keys may be regular expressions, values of our dictionaries are numbers or folders.
+    key, equals, value = item.rpartition("=")
+    if not (equals and key.strip() and value.strip()):
+        raise PydanticCustomError("pair", "Input should be name=value pairs, such as a=1,b=2")
+    return key.strip(), value.strip()
+
+
+def _json(text: str, wanted: type) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = {"wanted": wanted.__name__, "why": str(error)}
+        raise PydanticCustomError("json", "Input should be a {wanted} in JSON: {why}", reason) from None
+
+
+def _word_or_list(value: Any) -> Any:
+    return value if value == "all-linear" else split_list(value)
+
+
+def _dtype(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    name = value.lower().removeprefix("torch.")
+    return _DTYPES.get(name, name)
+
+
+def _whole_or_fraction(value: float) -> float | int:
+    if value >= 1 and value != int(value):
+        raise PydanticCustomError("split", "Input should be a fraction below 1 or a whole number of rows")
+    return int(value) if value >= 1 else float(value)
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _unlimited(value: Any) -> Any:
+    # transformers writes -1 where it means "no limit"; configurations are copied from there.
+    return None if str(value) == "-1" else value
+
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+Text = Annotated[str, Metavar("TEXT")]
+File = Annotated[str, Field(min_length=1), Metavar("FILE")]
+Folder = Annotated[str, Field(min_length=1), Metavar("FOLDER")]
+ModelName = Annotated[str, Field(min_length=1), Metavar("MODEL")]
+Names = Annotated[list[str], BeforeValidator(split_list), Metavar("A,B,...")]
+Folders = Annotated[list[Folder], BeforeValidator(split_list), Metavar("FOLDER,...")]
+Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_word_or_list), Metavar("all-linear|A,B,...")]
+Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_dict), Metavar("MODULE=N,...")]
+Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
+RowsOrFraction = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
+RateOrAuto = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto), Metavar("X")]
+StepsOrUnlimited = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_unlimited), Metavar("N")]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]

@@ -1,0 +1,165 @@
+"""The settings of the verbs other than `train`: each option once, shared ones in a class of their own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from veneer.config.settings import Settings
+from veneer.config.values import Dtype, File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _named(value: Any) -> Any:
+    """`a=out/a,out/b` -> {"a": "out/a", "b": "out/b"}: a folder alone is called by its last part."""
+    if not isinstance(value, str) or value.lstrip().startswith("{"):
+        return split_dict(value)
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    pairs = [item.split("=", 1) if "=" in item else [_name(item), item] for item in items]
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PydanticCustomError("twice", "one adapter a name ({names} twice)", {"names": ", ".join(twice)})
+    return dict(pairs)
+
+
+def _name(folder: str) -> str:
+    return re.sub(r"\W", "_", Path(folder).resolve().name)
+
+
+def _slots(folders: dict[str, str]) -> dict[str, str]:
+    bad = [name for name in folders if name == "base" or not re.fullmatch(r"\w[\w-]*", name)]
+    if bad:
+        raise PydanticCustomError(
+            "slots", "names of letters, digits, _ and -, other than 'base' (not {bad})", {"bad": ", ".join(bad)}
+        )
+    return folders
+
+
+NamedFolders = Annotated[
+    dict[str, Folder], BeforeValidator(_named), AfterValidator(_slots), Metavar("[NAME=]FOLDER,...")
+]
+
+
+class BaseSettings(Settings):
+    """Which base model, stored how."""
+
+    group: ClassVar[str] = "Base model"
+
+    base_model: ModelName | None = Field(
+        default=None, description="hub id, local folder, GGUF file, or smollm2; default: the one the adapter names"
+    )
+    dtype: Dtype = Field(default="auto", description="storage of the base")
+
+    def _need_model(self, adapter: Any) -> None:
+        if self.base_model is None and not adapter:
+            raise PydanticCustomError("no_model", "no model: give `base_model`, an adapter, or both")
+
+
+class DecodingSettings(Settings):
+    """How text is produced from the model."""
+
+    group: ClassVar[str] = "Decoding"
+
+    max_new_tokens: Positive = Field(default=256, description="longest answer in tokens")
+    temperature: float = Field(default=0.0, ge=0, description="0: always the likeliest token; above: sampled")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this probability")
+    seed: Seed = Field(default=0, description="of the sampling")
+
+
+class EvalSettings(BaseSettings):
+    """Base and adapters on one data file."""
+
+    group: ClassVar[str] = "Evaluation"
+
+    dataset: File = Field(description="rows to evaluate on, a .jsonl file")
+    adapter: Folders = Field(default=[], description="adapter folders; none: the base alone")
+    metrics: Annotated[Names, Field(min_length=1)] = Field(
+        default=["loss", "perplexity", "exact_match"], description="what to measure"
+    )
+    max_new_tokens: Positive = Field(default=128, description="longest answer in tokens")
+    batch_size: Positive = Field(default=16, description="rows generated together")
+    limit: Positive | None = Field(default=None, description="only the first N rows")
+    seed: Seed = Field(default=0, description="of the bootstrap intervals")
+    output: File | None = Field(default=None, description="write the whole result, examples too, to this JSON file")
+
+    @model_validator(mode="after")
+    def _complete(self) -> EvalSettings:
+        self._need_model(self.adapter)
+        return self
+
+
+class GenerateSettings(DecodingSettings, BaseSettings):
+    """Text from the base or an adapter."""
+
+    group: ClassVar[str] = "Input"
+
+    prompt: Text | None = Field(default=None, description="what the user says; - reads standard input")
+    dataset: File | None = Field(default=None, description="answer every row of a .jsonl file instead")
+    limit: Positive | None = Field(default=None, description="only the first N rows of the dataset")
+    adapter: Folder | None = Field(default=None, description="adapter folder; default: the base alone")
+    system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")
+    num_return_sequences: Positive = Field(default=1, description="answers to a prompt")
+    batch_size: Positive = Field(default=16, description="prompts answered together")
+
+    @model_validator(mode="after")
+    def _complete(self) -> GenerateSettings:
+        self._need_model(self.adapter)
+        if (self.prompt is None) == (self.dataset is None):
+            raise PydanticCustomError("input", "give either `prompt` or `dataset`")
+        if self.num_return_sequences > 1 and self.temperature == 0:
+            raise PydanticCustomError("same", "`num_return_sequences` above 1 needs a `temperature` above 0")
+        return self
+
+
+class ChatSettings(DecodingSettings, BaseSettings):
+    """A conversation, with adapters to switch between."""
+
+    group: ClassVar[str] = "Conversation"
+
+    adapters: NamedFolders = Field(
+        default={}, description="adapters to switch between, each under a name; the first speaks first"
+    )
+    system_prompt: Text | None = Field(default=None, description="put before the conversation")
+
+    @model_validator(mode="after")
+    def _complete(self) -> ChatSettings:
+        self._need_model(self.adapters)
+        return self
+
+
+class PreviewSettings(Settings):
+    """What the model will see of a data file."""
+
+    group: ClassVar[str] = "Preview"
+
+    dataset: File = Field(description="rows to look at, a .jsonl file")
+    base_model: ModelName = Field(
+        description="whose tokenizer and chat template: hub id, folder, GGUF file, or smollm2"
+    )
+    n: int = Field(default=3, ge=0, description="rows to show")
+    max_length: Positive = Field(default=1024, description="longest row in tokens; what is beyond is cut and counted")
+    system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")
+
+
+class MergeSettings(BaseSettings):
+    """An adapter becomes part of its base."""
+
+    group: ClassVar[str] = "Merge"
+
+    adapters: Annotated[Folders, Field(min_length=1)] = Field(description="adapter folder")
+    into_base: bool = Field(default=False, description="add the adapter to the weights of its base")
+    output: Folder = Field(description="folder for the merged model")
+
+    @model_validator(mode="after")
+    def _complete(self) -> MergeSettings:
+        if not self.into_base:
+            raise PydanticCustomError("into_base", "adapters are merged into their base only: add `into_base`")
+        if len(self.adapters) > 1:
+            raise PydanticCustomError("one", "one adapter is merged into the base at a time")
+        return self

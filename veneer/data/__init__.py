@@ -1,0 +1,1 @@
+"""From a data file to token ids, loss masks and a seeded order of batches."""

@@ -1,0 +1,247 @@
+"""From a data row to token ids and the mask of trained tokens.
+
+    row  --conversation-->  Conversation  --Template.encode-->  Example          encode_rows does a whole file
+
+The mask is found by rendering prefixes of the conversation with the model's own chat template, so it holds for every
+template that only ever appends; a template or a row for which that fails on the level of token ids is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from veneer.data.sources import WANTED_ROW, Conversation, Message, conversation, read_conversation, shortened
+from veneer.errors import DataError, listed
+
+__all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one row; `targets[i]` says that token i is trained on (predicted from the tokens before it)."""
+
+    input_ids: tuple[int, ...]
+    targets: tuple[bool, ...]
+    row: int
+    dropped: int  # tokens cut off by max_length
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Examples in row order, what was lost on the way, and notes that the user must be shown."""
+
+    examples: tuple[Example, ...]
+    dropped_tokens: int
+    rows_without_targets: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+class Turn(NamedTuple):
+    """A trained turn: the conversation up to the opening of the reply, and up to its end."""
+
+    opened: str
+    closed: str
+
+
+def encode_rows(
+    rows: Sequence[Mapping[str, Any]], template: Template, max_length: int, path: str, strict: bool = True
+) -> EncodedRows:
+    """All rows as examples. `path` names the file in messages, which count rows from 1.
+
+    A row that is malformed, that the template cannot render, or that has no trained token within `max_length` is a
+    fault. Strict: all faults in one DataError. Otherwise such rows are left out, listed in `rows_without_targets`,
+    and the message is a note; only where no row is left is it an error.
+    """
+    faults: dict[int, str] = {}
+    examples = template.encode_all(_conversations(rows, faults), max_length, faults)
+    notes = [*template.notes, *_notes(rows, examples, template, max_length)]
+    if faults:
+        lines = shortened([f"row {index + 1}: {faults[index]}" for index in sorted(faults)])
+        notes.append(listed(f"{path}: {len(faults):,} of {len(rows):,} rows cannot be trained on:", lines, WANTED_ROW))
+    if (faults and strict) or not examples:
+        raise DataError(notes[-1] if faults else f"{path} has no rows. {WANTED_ROW}")
+    dropped = sum(example.dropped for example in examples)
+    return EncodedRows(tuple(examples), dropped, tuple(sorted(faults)), tuple(notes))
+
+
+class Template:
+    """The model's chat template with its tokenizer: conversations to token ids.
+
+    A tokenizer without a template gets a plain layout, `prompt + "\\n" + completion + end token`, and `notes` says so.
+    `system_prompt` opens every conversation that has no system message of its own; None leaves the template's default.
+    """
+
+    def __init__(self, tokenizer: Any, system_prompt: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.name = tokenizer.name_or_path or type(tokenizer).__name__
+        self.notes: tuple[str, ...] = ()
+        self._layout: str | None = None  # None: the tokenizer's own template
+        if not tokenizer.chat_template:
+            self._layout = _plain_layout(tokenizer, self.name)
+            self.notes = (f"{self.name} has no chat template: a row is prompt, line break, completion, end token",)
+        added = tokenizer.added_tokens_decoder
+        self._special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+    def encode(self, conv: Conversation, row: int, max_length: int) -> Example:
+        """One conversation; raises DataError where `encode_all` reports a fault."""
+        faults: dict[int, str] = {}
+        examples = self.encode_all({row: conv}, max_length, faults)
+        if faults:
+            raise DataError(f"row {row + 1}: {faults[row]}")
+        return examples[0]
+
+    def encode_all(
+        self, conversations: Mapping[int, Conversation], max_length: int, faults: dict[int, str]
+    ) -> list[Example]:
+        """Examples of all conversations (by row) that have one; `faults` receives the reason for each other row.
+
+        The ids are those of the tokenised whole conversation, cut after the last trained token (what follows could
+        influence nothing) and at `max_length`.
+        """
+        turns_of = self._rendered_turns(conversations, faults)
+        ids = self._tokenise([text for turns in turns_of.values() for turn in turns for text in turn])
+        examples = []
+        for row, turns in turns_of.items():
+            fault = self._broken_prefix(turns, ids)
+            targets = [] if fault else self._targets(turns, ids)
+            if fault or not any(targets[:max_length]):
+                faults[row] = fault or f"{targets.index(True)} tokens come before the reply, max_length is {max_length}"
+                continue
+            whole, kept = ids[turns[-1].closed], tuple(targets[:max_length])
+            examples.append(Example(tuple(whole[: len(kept)]), kept, row, len(targets) - len(kept)))
+        return examples
+
+    def prompt_ids(self, conv: Conversation) -> list[int]:
+        """What generation starts from: all before the final assistant's turn (or all, if a user speaks last), then
+        the template's opening of a reply. An exact prefix of the example's ids; DataError where it cannot be."""
+        messages = list(conv.messages)
+        text = self._render([messages[:-1] if messages[-1]["role"] == "assistant" else messages], opened=True)[0]
+        if isinstance(text, Exception):
+            raise DataError(self._refuses(text))
+        return list(self._tokenise([text])[text])
+
+    def closes(self, example: Example) -> bool:
+        """Whether the example ends with a special token, from which the model learns to stop."""
+        return example.input_ids[-1] in self._special
+
+    def _rendered_turns(
+        self, conversations: Mapping[int, Conversation], faults: dict[int, str]
+    ) -> dict[int, list[Turn]]:
+        jobs = [(row, list(conv.messages), i) for row, conv in conversations.items() for i in conv.trained_turns()]
+        opened = self._render([messages[:i] for _, messages, i in jobs], opened=True)
+        closed = self._render([messages[: i + 1] for _, messages, i in jobs], opened=False)
+        turns: dict[int, list[Turn]] = {}
+        for (row, _, _), start, end in zip(jobs, opened, closed, strict=True):
+            if isinstance(start, str) and isinstance(end, str):
+                turns.setdefault(row, []).append(Turn(start, end))
+            else:
+                faults[row] = self._refuses(start if isinstance(start, Exception) else end)
+        return {row: found for row, found in turns.items() if row not in faults}
+
+    def _render(self, batch: list[list[Message]], opened: bool) -> list[str | Exception]:
+        """Each conversation as text (`opened`: with the opening of a reply), or the error that the template raised."""
+        if not batch:
+            return []
+        try:
+            filled = [self._with_system(messages) for messages in batch]
+            return list(
+                self.tokenizer.apply_chat_template(
+                    filled, chat_template=self._layout, tokenize=False, add_generation_prompt=opened
+                )
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            return [error] if len(batch) == 1 else [self._render([messages], opened)[0] for messages in batch]
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if self.system_prompt is None or (messages and messages[0]["role"] in ("system", "developer")):
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def _tokenise(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """Ids of each distinct text; special tokens are in the text already, so that none are added."""
+        distinct = list(dict.fromkeys(texts))
+        if not distinct:
+            return {}
+        encoded = self.tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return dict(zip(distinct, encoded["input_ids"], strict=True))
+
+    def _targets(self, turns: list[Turn], ids: Mapping[str, list[int]]) -> list[bool]:
+        """The mask over the conversation up to its last trained token."""
+        targets = [False] * self._end(ids[turns[-1].closed])
+        for opened, closed in turns:
+            start, end = len(ids[opened]), self._end(ids[closed])
+            targets[start:end] = [True] * (end - start)
+        return targets
+
+    def _end(self, closed: list[int]) -> int:
+        """Where the trained part of a turn ends: white space that follows the template's end token is left out."""
+        end = len(closed)
+        while end and closed[end - 1] not in self._special and not self.tokenizer.decode(closed[end - 1 : end]).strip():
+            end -= 1
+        return end if end and closed[end - 1] in self._special else len(closed)
+
+    def _broken_prefix(self, turns: list[Turn], ids: Mapping[str, list[int]]) -> str:
+        """Why the ids of some turn are not where the whole conversation has them; empty where all are."""
+        text, whole = turns[-1].closed, ids[turns[-1].closed]
+        for opened, closed in turns:
+            start, end = ids[opened], ids[closed][: self._end(ids[closed])]
+            if not (text.startswith(opened) and text.startswith(closed)) or len(start) >= len(end):
+                return f"the chat template of {self.name} {REWRITES}"
+            if whole[: len(start)] != start or whole[: len(end)] != end:
+                joint = len(opened) if whole[: len(start)] != start else len(closed)
+                beside = f"{text[joint - 8 : joint]!r} and {text[joint : joint + 8]!r}"
+                return f"the chat template of {self.name} puts {beside} side by side, {MERGES}"
+        return ""
+
+    def _refuses(self, error: object) -> str:
+        return f"the chat template of {self.name} refuses it: {error}"
+
+
+REWRITES = (
+    "writes a turn differently, or not at all, once others follow, so that it cannot be trained on as it would be "
+    "generated; make one row of each assistant's turn, as prompt and completion"
+)
+MERGES = "which the tokenizer joins to a token that generation could never produce; strip the white space of the text"
+
+
+def _conversations(rows: Sequence[Mapping[str, Any]], faults: dict[int, str]) -> dict[int, Conversation]:
+    found = {}
+    for index, row in enumerate(rows):
+        reasons: list[str] = []
+        conv = read_conversation(row, reasons)
+        if conv is None:
+            faults[index] = "; ".join(reasons)
+        else:
+            found[index] = conv
+    return found
+
+
+def _notes(
+    rows: Sequence[Mapping[str, Any]], examples: list[Example], template: Template, max_length: int
+) -> list[str]:
+    notes = []
+    if count := sum(bool(row.get("instruction")) and "messages" not in row for row in rows):
+        notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\\n\\n{{prompt}}")
+    cut = [example.dropped for example in examples if example.dropped]
+    if cut:
+        notes.append(f"{len(cut):,} rows are cut at max_length {max_length}: {sum(cut):,} tokens are left out")
+    if any(not template.closes(example) for example in examples if not example.dropped):
+        notes.append("an assistant's turn ends without a special token: the model does not learn where to stop")
+    return notes
+
+
+def _plain_layout(tokenizer: Any, name: str) -> str:
+    """A chat template of line breaks and end tokens, with a start token if the tokenizer itself would put one."""
+    if tokenizer.eos_token is None:
+        raise DataError(
+            f"{name} has neither a chat template nor an end token, so that the model could not learn where to stop. "
+            "Wanted: the model's instruct version, or a tokenizer with eos_token set."
+        )
+    starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    turn = "{{ m['content'] + (eos_token if m['role'] == 'assistant' else '\\n') }}"
+    return ("{{ bos_token }}" if starts else "") + "{% for m in messages %}" + turn + "{% endfor %}"

@@ -1,0 +1,87 @@
+"""Cards of what was asked, wanted and answered, before and after; picked by kind without a script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+
+from veneer.evaluate.page import text
+from veneer.evaluate.run import Outcome, Result, Sample
+
+SAMPLES_EACH = 8  # cards shown of each outcome; the counts are of all
+LONGEST_TEXT = 1200  # characters of a text that are shown
+OUTCOMES: dict[Outcome, str] = {
+    "fixed": "fixed",
+    "broken": "broken",
+    "wrong": "still wrong",
+    "right": "right before and after",
+}
+ORDER: tuple[Outcome, ...] = ("broken", "fixed", "wrong", "right")
+
+
+def answers(result: Result | None) -> str:
+    """The section of cards, judged by the first text metric; "" without generated text."""
+    if not result or not result.samples:
+        return ""
+    metric = next(iter(result.samples[0].scores))
+    slots = list(result.samples[0].texts)
+    before, after = slots[0], slots[-1]
+    groups: dict[Outcome, list[Sample]] = {outcome: [] for outcome in ORDER}
+    for sample in result.samples:
+        groups[sample.outcome(metric, before, after)].append(sample)
+    shown = [(outcome, sample) for outcome in ORDER for sample in groups[outcome][:SAMPLES_EACH]]
+    cards = "".join(_sample(outcome, sample, metric) for outcome, sample in shown)
+    left_out = len(result.samples) - len(shown)
+    more = f" {len(shown)} of {len(result.samples):,} rows are shown, up to {SAMPLES_EACH} of a kind." * bool(left_out)
+    return (
+        f'<section><h2>Answers</h2><p class="small">Judged by {text(metric.replace("_", " "))}.{more}</p>'
+        f'<div class="answers">{_filters(groups, before != after)}<div class="cards">{cards}</div></div></section>'
+    )
+
+
+def _filters(groups: Mapping[Outcome, Sequence[Sample]], compared: bool) -> str:
+    """Chips that show one kind of card, by radio buttons alone."""
+    names: dict[Outcome, str] = OUTCOMES if compared else {"right": "right", "wrong": "wrong"}
+    total = sum(map(len, groups.values()))
+    chips = [("all", "all", total), *((kind, label, len(groups[kind])) for kind, label in names.items())]
+    return "".join(
+        f'<input type="radio" name="kind" id="kind-{kind}"{" checked" if kind == "all" else ""}>'
+        f'<label for="kind-{kind}" class="chip {kind}">{label} <b>{count:,}</b></label>'
+        for kind, label, count in chips
+    )
+
+
+def _sample(outcome: Outcome, sample: Sample, metric: str) -> str:
+    wanted = sample.references[0] if sample.references else ""
+    also = f" <small>or {len(sample.references) - 1} more</small>" if len(sample.references) > 1 else ""
+    answers = []
+    for slot, answer in sample.texts.items():
+        right = sample.scores[metric][slot] == 1.0
+        shown = _clipped(answer) if right else _marked(answer, wanted)
+        sign = '<b class="yes" title="right">✓</b>' if right else '<b class="no" title="wrong">✗</b>'
+        answers.append(f"<dt>{text(slot)} {sign}</dt><dd dir=auto>{shown or '<em>nothing</em>'}</dd>")
+    return (
+        f'<article class="card {outcome}"><p class="prompt" dir=auto>{_clipped(sample.prompt)}</p>'
+        f"<dl><dt>wanted{also}</dt><dd dir=auto>{_clipped(wanted)}</dd>{''.join(answers)}</dl></article>"
+    )
+
+
+def _clipped(answer: str) -> str:
+    left_out = len(answer) - LONGEST_TEXT
+    return text(answer) if left_out <= 0 else f"{text(answer[:LONGEST_TEXT])}<small> … {left_out:,} more</small>"
+
+
+def _marked(answer: str, wanted: str) -> str:
+    """The text with the words that are not in `wanted` marked, where the two are alike enough for marks to help."""
+    if len(answer) > LONGEST_TEXT or len(wanted) > LONGEST_TEXT:
+        return _clipped(answer)
+    words, wanted_words = re.findall(r"\w+|\W", answer), re.findall(r"\w+|\W", wanted)
+    match = SequenceMatcher(None, wanted_words, words, autojunk=False)
+    if match.ratio() < 0.6:
+        return text(answer)
+    parts = []
+    for kind, _, _, start, end in match.get_opcodes():
+        piece = text("".join(words[start:end]))
+        parts.append(piece if kind == "equal" else f"<mark>{piece}</mark>" if piece else '<mark class="gap"></mark>')
+    return "".join(parts)

@@ -1,0 +1,125 @@
+"""An adapter becomes part of its base: a model folder that plain transformers loads, and a report of what rounding cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from veneer.adapter.attach import attach, detach, merge_into, methods_of
+from veneer.adapter.card import Adapter
+from veneer.errors import ConfigError, ModelError
+from veneer.model.load import DTYPES, load
+from veneer.model.packed import speaking
+
+SLOT = "merging"
+PROBE_TOKENS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What merging did to the weights and the logits.
+
+    update_norm: ‖ΔW‖ over all layers. rounding_error: ‖stored - (W + ΔW)‖ / ‖ΔW‖, overall and for the worst layer, so
+    that 1 means the update was lost. logits_difference: largest |merged, reloaded by transformers - base with adapter|
+    on 32 tokens; logits_scale: the largest |logit| there.
+    """
+
+    output: str
+    dtype: str
+    layers: int
+    update_norm: float
+    rounding_error: float
+    worst_layer: str
+    worst_rounding_error: float
+    logits_difference: float
+    logits_scale: float
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+
+
+def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: str = "auto") -> MergeReport:
+    """Writes base + adapter to the folder `output`: summed in float32, rounded once to `dtype`.
+
+    dtype 'auto' is the base checkpoint's own, float32 for GGUF (whose values are not bfloat16 numbers).
+    Raises ConfigError when output holds files, WrongBaseError, NotMergeable; nothing half-written stays.
+    """
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output {output} exists and is not an empty folder; name another, or delete it first")
+    adapter = Adapter.load(adapter_folder)
+    loaded = load(base_model, "float32", device="cpu")
+    chosen = _dtype(loaded.model, dtype)
+    attach(loaded.model, adapter, SLOT)
+    wanted = _logits(loaded.model, SLOT)
+    rounding = {path: _rounding(method.merged(loaded.model.get_submodule(path).base), method.plain(), chosen) for path, method in methods_of(loaded.model, SLOT).items()}
+    merge_into(loaded.model, SLOT)
+    detach(loaded.model)
+    loaded.model.to(chosen)
+    _write(folder, loaded.model, loaded.tokenizer)
+    return _report(folder, chosen, rounding, wanted)
+
+
+def _dtype(model: nn.Module, dtype: str) -> torch.dtype:
+    return model.veneer_stored_dtype if dtype == "auto" else DTYPES[dtype]
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, slot: str | None) -> Tensor:
+    ids = torch.tensor([[(11 * i * i + 5) % model.config.vocab_size for i in range(PROBE_TOKENS)]])
+    if slot is None:
+        return model(input_ids=ids).logits.float()
+    with speaking(model, slot):
+        return model(input_ids=ids).logits.float()
+
+
+def _rounding(merged_OI: Tensor, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    """‖stored - merged‖ and ‖ΔW‖ of one layer."""
+    a_RI, b_OR = factors
+    error = torch.linalg.vector_norm(merged_OI.to(dtype).float() - merged_OI).item()
+    return error, torch.linalg.vector_norm(b_OR @ a_RI).item()
+
+
+def _write(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _report(folder: Path, dtype: torch.dtype, rounding: dict[str, tuple[float, float]], wanted: Tensor) -> MergeReport:
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    got = _logits(reloaded, None)
+    relative = {path: error / norm if norm else 0.0 for path, (error, norm) in rounding.items()}
+    errors, norms = zip(*rounding.values(), strict=True)
+    update = sum(norm**2 for norm in norms) ** 0.5
+    worst = max(relative, key=relative.__getitem__)
+    overall = (sum(error**2 for error in errors) ** 0.5) / update if update else 0.0
+    if not torch.isfinite(got).all():
+        raise ModelError(f"the merged model in {folder} gives logits that are not finite; do not use it, keep the adapter instead")
+    notes = (f"rounding to {dtype} took {overall:.0%} of the update: keep the adapter, or merge with --dtype float32",) if overall > 0.1 else ()
+    return MergeReport(
+        output=str(folder),
+        dtype=str(dtype).removeprefix("torch."),
+        layers=len(rounding),
+        update_norm=update,
+        rounding_error=overall,
+        worst_layer=worst,
+        worst_rounding_error=relative[worst],
+        logits_difference=(got - wanted).abs().max().item(),
+        logits_scale=wanted.abs().max().item(),
+        notes=notes,
+    )

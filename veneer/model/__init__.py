@@ -1,0 +1,1 @@
+"""The base language model: loading, fingerprint, packed forward, losses, generation."""

@@ -1,0 +1,84 @@
+"""The packed forward: many sequences in one row of tokens, no padding, no cross-talk.
+
+Legend: T tokens of the stream, D hidden size.
+
+The model's own code runs unmodified. While a stream is `running`, its attention is ours (`veneer.model.attention`), and the
+swapped leaves read from the stream which rows belong to which slot. Outside, an ordinary `model(...)` call keeps the
+model's own attention and speaks with the wiring's `voice`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from veneer.errors import ModelError
+from veneer.model.attention import ATTENTION
+from veneer.model.stream import Stream
+
+
+class Wiring:
+    """The one plain object that all swapped leaves of a model read. No context variable: autograd has threads of its own."""
+
+    def __init__(self) -> None:
+        self.stream: Stream | None = None
+        self.slots: list[str] = []  # in the order of attaching
+        self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
+        self.fault: str | None = None  # why this model cannot take the packed path
+
+
+def wiring_of(model: nn.Module) -> Wiring:
+    """The model's wiring, made at the first question."""
+    if not hasattr(model, "veneer_wiring"):
+        model.veneer_wiring = Wiring()
+    return model.veneer_wiring
+
+
+@contextmanager
+def running(model: nn.Module, stream: Stream) -> Iterator[None]:
+    """While inside, `hidden_states` may be called and its graph run backward; leave it after backward has ended."""
+    wiring = wiring_of(model)
+    if wiring.fault:
+        raise ModelError(f"this model has no packed path: {wiring.fault}")
+    if wiring.stream is not None:
+        raise RuntimeError("a stream is already running on this model; run one after the other")
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    wiring.stream = stream
+    try:
+        for config, _ in before:
+            config._attn_implementation = ATTENTION
+        yield
+    finally:
+        wiring.stream = None
+        for config, attention in before:
+            config._attn_implementation = attention
+
+
+def hidden_states(model: nn.Module) -> Tensor:
+    """Final hidden states (T, D) of the running stream, before the head."""
+    stream = wiring_of(model).stream
+    if stream is None:
+        raise RuntimeError("hidden_states: no stream is running; call it inside `with running(model, stream):`")
+    out = model.base_model(
+        input_ids=stream.token_ids_T[None],
+        position_ids=stream.positions_T[None],
+        use_cache=False,
+        veneer_stream=stream,
+    )
+    return out.last_hidden_state[0]
+
+
+@contextmanager
+def speaking(model: nn.Module, slot: str | None) -> Iterator[None]:
+    """While inside, ordinary calls (`generate`, `model(...)`) speak with `slot`; None is the base alone."""
+    wiring = wiring_of(model)
+    if slot is not None and slot not in wiring.slots:
+        raise ModelError(f"no slot named {slot!r}; attached are: {', '.join(wiring.slots) or 'none'}")
+    before, wiring.voice = wiring.voice, slot
+    try:
+        yield
+    finally:
+        wiring.voice = before

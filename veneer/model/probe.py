@@ -1,0 +1,69 @@
+"""The probe at load: does this family compute in the packed path what it computes alone?
+
+It runs on the real weights with a dozen tokens, so it costs a fraction of a second on a small model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ModelError
+from veneer.model.losses import Targets, head_nll
+from veneer.model.packed import hidden_states, running, wiring_of
+from veneer.model.stream import pack
+
+# Relative to the largest logit: rounding of bfloat16 over tens of layers; a wrong mask or position is off by 10 % and more.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+def probe(model: nn.Module) -> None:
+    """Raises ModelError naming the family when two packed segments differ from each alone, or the chunked head from the model's."""
+    family = getattr(model.config, "model_type", type(model).__name__)
+    device = next(model.parameters()).device
+    first, second = _sequences(model.config.vocab_size)
+    try:
+        packed, nll = _packed(model, first, second, device)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
+        wiring_of(model).fault = str(error)
+        raise ModelError(f"models of the family {family!r} are not supported: the packed forward failed ({error})") from error
+    alone = [_alone(model, sequence, device) for sequence in (first, second)]
+    faults = _faults(packed, nll, alone, second, TOLERANCE[model.dtype])
+    if faults:
+        wiring_of(model).fault = "; ".join(faults)
+        raise ModelError(f"models of the family {family!r} are not supported: {'; '.join(faults)}")
+
+
+def _sequences(vocabulary: int) -> tuple[list[int], list[int]]:
+    tokens = [(7 * i * i + 3) % vocabulary for i in range(12)]
+    return tokens[:7], tokens[7:]
+
+
+@torch.no_grad()
+def _packed(model: nn.Module, first: list[int], second: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    stream = pack([first, second], device=device)
+    with running(model, stream):
+        hidden_TD = hidden_states(model)
+    head = model.get_output_embeddings()
+    rows = torch.arange(len(first), len(first) + len(second) - 1, device=device)
+    targets = Targets(rows, stream.token_ids_T[rows + 1], torch.zeros_like(rows))
+    return head(hidden_TD).float(), head_nll(hidden_TD[rows], head, targets.tokens_N)
+
+
+@torch.no_grad()
+def _alone(model: nn.Module, sequence: list[int], device: torch.device) -> Tensor:
+    return model(input_ids=torch.tensor([sequence], device=device), use_cache=False).logits[0].float()
+
+
+def _faults(packed: Tensor, nll: Tensor, alone: list[Tensor], second: list[int], tolerance: float) -> list[str]:
+    faults = []
+    split = len(alone[0])
+    for name, got, wanted in (("first", packed[:split], alone[0]), ("second", packed[split:], alone[1])):
+        error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+        if not error < tolerance:
+            faults.append(f"the {name} of two packed segments is {error:.1%} off what the model computes for it alone")
+    targets = torch.tensor(second[1:], device=nll.device)
+    wanted_nll = nn.functional.cross_entropy(alone[1][:-1], targets, reduction="none")
+    if not torch.allclose(nll, wanted_nll, rtol=tolerance, atol=tolerance * alone[1].abs().max().item()):
+        faults.append("the chunked head differs from the model's own logits (a scaled or capped head)")
+    return faults

@@ -1,0 +1,58 @@
+"""Swaps leaves of a model: norms for the fused one, linear layers for leaves with slots."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from veneer.bases.dense import Dense
+from veneer.errors import ModelError
+from veneer.model.leaf import Leaf
+from veneer.model.norm import FrozenRMSNorm
+from veneer.model.packed import wiring_of
+
+# Class names whose arithmetic FrozenRMSNorm repeats to the bit; others keep the model's own code.
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
+def swap_norms(model: nn.Module) -> int:
+    """Puts FrozenRMSNorm where a known RMSNorm stands; returns how many."""
+    found = [(path, module) for path, module in model.named_modules() if type(module).__name__ in NORMS]
+    for path, norm in found:
+        place(model, path, FrozenRMSNorm(norm.weight, norm.variance_epsilon))
+    return len(found)
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Paths of the layers that can hold an adapter: every linear layer and leaf but the vocabulary head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Leaf)) and module is not head]
+
+
+def leaf_at(model: nn.Module, path: str) -> Leaf:
+    """The leaf at `path`, swapped in now if a plain linear layer stands there."""
+    module = model.get_submodule(path)
+    if isinstance(module, Leaf):
+        return module
+    if type(module) is not nn.Linear:
+        raise ModelError(f"{path} is a {type(module).__name__}; an adapter goes on a plain linear layer")
+    leaf = Leaf(Dense.from_linear(module), wiring_of(model), path)
+    leaf.train(module.training)
+    place(model, path, leaf)
+    return leaf
+
+
+def place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def unswap(model: nn.Module) -> int:
+    """Puts plain linear layers back where leaves stand, the same weights; returns how many."""
+    leaves = [(path, module) for path, module in model.named_modules() if isinstance(module, Leaf)]
+    for path, leaf in leaves:
+        linear = nn.Linear(leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta")
+        linear.weight, linear.bias = leaf.base.weight, leaf.base.bias
+        linear.train(leaf.training)
+        place(model, path, linear)
+    return len(leaves)

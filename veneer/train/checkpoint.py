@@ -1,0 +1,102 @@
+"""Checkpoints: folders of safetensors and JSON, written whole or not at all, for exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from veneer.errors import CheckpointError, listed
+from veneer.train.job import Job
+
+FOLDER = "checkpoints"
+
+
+def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: int | None) -> Path:
+    """Writes checkpoints/step-N, N the furthest job's step, then drops all but the last `keep`."""
+    folder = output_dir / FOLDER / f"step-{max(job.step for job in jobs):06d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    numbers = {}
+    for index, job in enumerate(jobs):
+        tensors, numbers[job.slot] = job.state()
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial / f"job-{index}.safetensors")
+    state = {"format": 1, "threads": torch.get_num_threads(), "run": identity, "jobs": numbers}
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for file in partial.iterdir():
+        _sync(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _sync(folder.parent)
+    _prune(output_dir, keep)
+    return folder
+
+
+def latest(output_dir: Path) -> Path | None:
+    """The last complete checkpoint of a run."""
+    folders = _folders(output_dir)
+    return folders[-1] if folders else None
+
+
+def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any]) -> list[str]:
+    """Puts the jobs where the checkpoint left them; returns notes. Raises CheckpointError when it is another run's."""
+    state = _read_state(folder)
+    faults = _differences(state.get("run", {}), identity)
+    missing = [job.slot for job in jobs if job.slot not in state["jobs"]]
+    faults += [f"no state for {slot!r}" for slot in missing]
+    if faults:
+        raise CheckpointError(
+            listed(f"{folder} belongs to another run:", faults, "Resume with the settings of its run.yaml, or train into another --output-dir.")
+        )
+    for index, job in enumerate(jobs):
+        job.restore(_read_tensors(folder / f"job-{index}.safetensors"), state["jobs"][job.slot])
+    if state["threads"] != torch.get_num_threads():
+        return [f"the run began with {state['threads']} threads and goes on with {torch.get_num_threads()}: equal up to rounding, not to the byte"]
+    return []
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); delete it to resume from the one before") from error
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); delete {file.parent} to resume from the one before") from error
+
+
+def _differences(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    names = sorted(recorded.keys() | wanted.keys())
+    return [f"{n}: it has {recorded.get(n)!r}, this run {wanted.get(n)!r}" for n in names if recorded.get(n) != wanted.get(n)]
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    return sorted(path for path in (output_dir / FOLDER).glob("step-*") if (path / "state.json").is_file())
+
+
+def _prune(output_dir: Path, keep: int | None) -> None:
+    for folder in _folders(output_dir)[:-keep] if keep else []:
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    """Survive a power cut: the bytes are on the disk before the name is. Folders cannot be synchronised on Windows."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

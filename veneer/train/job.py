@@ -1,0 +1,128 @@
+"""One adapter in training: its data, its settings, its optimiser. The loop runs any number of them over one base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.config import TrainSettings
+from veneer.data.batches import Batches
+from veneer.data.chat import Example
+from veneer.errors import CheckpointError, TrainingError
+from veneer.model.dropout import dropout_key
+from veneer.train.optim import FlatParameters, adamw
+from veneer.train.schedule import factor
+
+
+def total_steps(settings: TrainSettings, rows: int) -> int:
+    """Optimiser steps of a whole run."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    micro = Batches(rows, settings.per_device_train_batch_size, settings.seed).steps_per_epoch * settings.num_train_epochs
+    return max(1, math.ceil(micro / settings.gradient_accumulation_steps))
+
+
+@dataclass
+class Job:
+    """What to train in one slot, and how far it has come."""
+
+    slot: str
+    settings: TrainSettings
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    learning_rate: float
+    parameters: Sequence[nn.Parameter]
+    step: int = 0  # optimiser steps taken
+    last_loss: float = math.nan
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    failure: TrainingError | None = None
+    best_P: Tensor | None = None
+    history: list[dict] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.total = total_steps(self.settings, len(self.train))
+        self.batches = Batches(len(self.train), self.settings.per_device_train_batch_size, self.settings.seed)
+        self.flat = FlatParameters(self.parameters)
+        self.optimizer = adamw(self.flat, self.settings)
+        self.eval_steps = self.settings.eval_steps or self._each_epoch()
+        self.save_steps = self.settings.save_steps or max(1, min(self._each_epoch(), self.total // 8))
+
+    def _each_epoch(self) -> int:
+        return max(1, self.batches.steps_per_epoch // self.settings.gradient_accumulation_steps)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.total or self.stopped_early or self.failure is not None
+
+    @property
+    def epoch(self) -> float:
+        return self.step * self.settings.gradient_accumulation_steps / self.batches.steps_per_epoch
+
+    def rows(self, micro: int) -> list[Example]:
+        """The examples of micro-batch `micro` of the coming step."""
+        return [self.train[row] for row in self.batches.rows(self.step * self.settings.gradient_accumulation_steps + micro)]
+
+    def dropout_key(self, micro: int) -> int:
+        return dropout_key(self.settings.seed, self.slot, self.step * self.settings.gradient_accumulation_steps + micro)
+
+    def targets_of_step(self) -> int:
+        """Trained tokens of the coming step, over all its micro-batches: what its loss is averaged over."""
+        count = self.settings.gradient_accumulation_steps
+        return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro))
+
+    def update(self) -> dict[str, float]:
+        """Clips, steps and clears; returns the facts of the step."""
+        rate = self.learning_rate * factor(self.settings, self.step, self.total)
+        self.optimizer.param_groups[0]["lr"] = rate
+        norm = float(self.flat.clip(self.settings.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.step += 1
+        self.flat.grads_P.zero_()
+        return {"learning_rate": rate, "grad_norm": norm}
+
+    def note_validation(self, loss: float) -> None:
+        """Keeps the best values, and stops when patience is at its end."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.evaluations_without_gain = loss, self.step, 0
+            if self.settings.load_best_model_at_end:
+                self.best_P = self.flat.values_P.detach().clone()
+            return
+        self.evaluations_without_gain += 1
+        patience = self.settings.early_stopping_patience
+        self.stopped_early = patience is not None and self.evaluations_without_gain >= patience
+
+    def finish(self) -> None:
+        """Puts the best values back, where a validation chose them."""
+        if self.best_P is not None and self.settings.load_best_model_at_end:
+            self.flat.values_P.data.copy_(self.best_P)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that changes while training: tensors and plain numbers."""
+        tensors = {"values": self.flat.values_P.data}
+        tensors |= {name: value for name, value in self.optimizer.state.get(self.flat.values_P, {}).items() if name != "step"}
+        if self.best_P is not None:
+            tensors["best"] = self.best_P
+        names = ("step", "last_loss", "best_loss", "best_step", "evaluations_without_gain", "stopped_early")
+        return tensors, {name: getattr(self, name) for name in names}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """The inverse of `state`. Raises CheckpointError when the tensors do not fit this adapter."""
+        if tensors["values"].shape != self.flat.values_P.shape:
+            got, wanted = tensors["values"].numel(), len(self.flat)
+            raise CheckpointError(f"the checkpoint of {self.slot!r} holds {got} parameters, this run has {wanted}")
+        self.flat.values_P.data.copy_(tensors["values"])
+        self.best_P = tensors["best"].clone() if "best" in tensors else None
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        if self.step:
+            moments = {name: tensors[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[self.flat.values_P] = {"step": torch.tensor(float(self.step)), **moments}

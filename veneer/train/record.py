@@ -1,0 +1,115 @@
+"""What a run leaves behind as it goes: metrics.jsonl, a progress bar, and the facts of the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from veneer.train.job import Job
+
+METRICS = "metrics.jsonl"
+
+
+class Recorder:
+    """Appends facts to metrics.jsonl and shows them; after a resume, lines beyond the checkpoint are dropped."""
+
+    def __init__(self, output_dir: Path, jobs: Sequence[Job], progress: bool) -> None:
+        self.file = output_dir / METRICS
+        self.jobs = jobs
+        self._drop_lines_beyond({job.slot: job.step for job in jobs})
+        self.seconds, self.tokens = 0.0, 0
+        self.console = Console(stderr=True)
+        self.bar = _bar(self.console) if progress else None
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Recorder:
+        if self.bar is not None:
+            self.bar.start()
+            self.tasks = {job.slot: self.bar.add_task(job.slot, total=job.total, completed=job.step, facts="") for job in self.jobs}
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, job: Job, facts: dict[str, Any]) -> None:
+        line = {"job": job.slot, "step": job.step, "epoch": round(job.epoch, 4), **facts}
+        if facts["split"] == "train":
+            self.seconds += facts["seconds"]
+            self.tokens += facts["tokens"]
+        if facts["split"] == "eval" or job.step % job.settings.logging_steps == 0 or job.done:
+            job.history.append(line)
+            with self.file.open("a") as out:
+                out.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+        self._show(job, facts)
+
+    def _show(self, job: Job, facts: dict[str, Any]) -> None:
+        if self.bar is None:
+            return
+        validated = [line["loss"] for line in job.history if line["split"] == "eval"]
+        tail = f"  validation {validated[-1]:.4f}" if validated else ""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        shown = f"loss {job.last_loss:.4f}{tail}  {rate:,.0f} tokens/s"
+        self.bar.update(self.tasks[job.slot], completed=job.step, facts=shown)
+
+    def _drop_lines_beyond(self, steps: dict[str, int]) -> None:
+        if not self.file.exists():
+            return
+        lines = [_parsed(text) for text in self.file.read_text().splitlines()]
+        kept = [line for line in lines if line and line["step"] <= steps.get(line["job"], 0) and any(steps.values())]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        for job in self.jobs:
+            job.history += [line for line in kept if line["job"] == job.slot]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory in use so far: the allocator's on CUDA, the process's on the CPU; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions that a figure of this run depends on."""
+    import platform
+
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line of metrics; None for one that a crash cut short."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=4)

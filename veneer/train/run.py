@@ -1,0 +1,203 @@
+"""One training run: files in, adapter folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from veneer.adapter.attach import attach, methods_of, take
+from veneer.config import RunConfig, write_yaml
+from veneer.data.batches import split
+from veneer.data.chat import EncodedRows, Example, Template, encode_rows
+from veneer.data.sources import read_rows
+from veneer.errors import ConfigError
+from veneer.model.load import Loaded, load, load_config, load_tokenizer
+from veneer.train import checkpoint
+from veneer.train.job import Job, total_steps
+from veneer.train.loop import loop
+from veneer.train.record import Recorder, machine, peak_memory_bytes
+from veneer.train.schedule import Rate, choose_rate
+
+SLOT = "default"
+# Options that may change between a run and its resumption: they do not touch a single byte of the adapter.
+FREE = ("output_dir", "logging_steps", "save_steps", "save_total_limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run did; `to_json` is what `veneer train --json` prints."""
+
+    output_dir: str
+    steps: int
+    train_seconds: float
+    tokens: int
+    tokens_per_second: float
+    trainable_parameters: int
+    final_loss: float
+    eval_loss_before: float | None
+    best_eval_loss: float | None
+    best_step: int
+    learning_rate: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """Examples to train on and to validate on, and what was said about them."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    notes: tuple[str, ...]
+
+    def facts(self) -> dict[str, int]:
+        tokens = sum(len(example.input_ids) for example in self.train)
+        trained = sum(sum(example.targets) for example in self.train)
+        return {"rows": len(self.train), "validation_rows": len(self.validation), "tokens": tokens, "trained_tokens": trained}
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """What `train` would do, without loading weights."""
+    data = read_data(config, load_tokenizer(config.base_model))
+    steps = total_steps(config.train, len(data.train))
+    rate = choose_rate(config.train, config.lora, load_config(config.base_model), steps)
+    facts = {**data.facts(), "steps": steps, "learning_rate": rate.value, "learning_rate_why": rate.reason}
+    return {**facts, "options": config.to_flat(), "notes": list(data.notes)}
+
+
+def train(config: RunConfig, *, resume: bool = False, progress: bool = True, loaded: Loaded | None = None) -> TrainResult:
+    """Trains one adapter and writes its folder; `loaded` spares loading the base again.
+
+    With `resume`, goes on from the last checkpoint in output_dir, to the same bytes as an undisturbed run.
+    Raises ConfigError, DataError, ModelError, CheckpointError, NonFiniteLossError; the folder is whole or untouched.
+    """
+    say = Console(stderr=True, highlight=False, quiet=not progress).print
+    output, notes = Path(config.output_dir), []
+    tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
+    data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
+    loaded = loaded or load(config.base_model, config.dtype, tokenizer=tokenizer)
+    attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
+    steps = total_steps(config.train, len(data.train))
+    rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
+    parameters = [p for method in methods_of(loaded.model, SLOT).values() for p in method.parameters()]
+    job = Job(SLOT, config.train, data.train, data.validation, rate.value, parameters)
+    identity = _identity(config, loaded, rate)
+    notes += [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
+    notes += _start(output, config, [job], identity, resume)
+    for note in notes:
+        say(f"note: {note}")
+    with Recorder(output, [job], progress) as record:
+        save = lambda jobs: checkpoint.save(output, jobs, identity, config.train.save_total_limit)  # noqa: E731
+        loop(loaded.model, [job], record=record, save=save)
+    notes += _verdict(job)
+    result = _result(config, job, record, loaded, notes)
+    training = {**result.to_json(), "options": config.to_flat(), "data": data.facts(), "machine": machine()}
+    adapter = take(loaded.model, SLOT, base_name=config.base_model, storage=loaded.storage, training=training)
+    adapter.save(output)
+    return result
+
+
+def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
+    """Rows of the data file as examples, split; DataError where nothing is left to train on."""
+    template = Template(tokenizer, config.data.system_prompt)
+    encoded = _encode(config.data.dataset, template, config)
+    notes = list(encoded.notes)
+    if config.data.eval_dataset is not None:
+        validation = _encode(config.data.eval_dataset, template, config)
+        return TrainingData(encoded.examples, validation.examples, tuple(notes + list(validation.notes)))
+    share = config.data.validation_split
+    if isinstance(share, float) and share * len(encoded.examples) < 2:
+        notes += [f"no validation rows: {share:g} of {len(encoded.examples)} rows is less than two"] if share else []
+        return TrainingData(encoded.examples, (), tuple(notes))
+    prompts = [_prompt(example) for example in encoded.examples]
+    train_rows, validation_rows = split(len(prompts), share, config.train.seed, prompts)
+    pick = encoded.examples.__getitem__
+    return TrainingData(tuple(map(pick, train_rows)), tuple(map(pick, validation_rows)), tuple(notes))
+
+
+def _encode(path: str, template: Template, config: RunConfig) -> EncodedRows:
+    return encode_rows(read_rows(path), template, config.data.max_length, path)
+
+
+def _prompt(example: Example) -> tuple[int, ...]:
+    """What stands before the first trained token: rows that share it stay on one side of the split."""
+    return example.input_ids[: example.targets.index(True)]
+
+
+def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be this run's."""
+    options = {name: value for name, value in config.to_flat().items() if name not in FREE}
+    files = [config.data.dataset, config.data.eval_dataset]
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for file in files]
+    facts = {"rate": rate.value, "data_sha256": hashes[0], "eval_data_sha256": hashes[1], "storage": loaded.storage}
+    return {**options, **facts, "base_weights": loaded.fingerprint.weights}
+
+
+def _start(output: Path, config: RunConfig, jobs: list[Job], identity: dict[str, Any], resume: bool) -> list[str]:
+    """Prepares the output folder; returns notes."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output-dir {output} is a file; name a folder")
+    notes = []
+    if resume:
+        found = checkpoint.latest(output)
+        notes += [f"resumed from {found}"] if found else [f"nothing to resume in {output}: starting from the beginning"]
+        notes += checkpoint.restore(found, jobs, identity) if found else []
+    elif (output / "run.yaml").exists():
+        notes.append(f"the earlier run in {output} was moved to {_set_aside(output)}")
+    output.mkdir(parents=True, exist_ok=True)
+    write_yaml(output / "run.yaml", config.to_flat())
+    return notes
+
+
+def _set_aside(output: Path) -> Path:
+    """Moves an earlier run out of the way: nothing is lost."""
+    number = 1
+    while (aside := output.with_name(f"{output.name}.old-{number}")).exists():
+        number += 1
+    return output.rename(aside)
+
+
+def _verdict(job: Job) -> list[str]:
+    """What a user should know about how the run ended."""
+    notes = []
+    if job.stopped_early:
+        notes.append(f"stopped early at step {job.step} of {job.total}: no better validation loss since step {job.best_step}")
+    if job.best_P is not None and job.best_step < job.step:
+        notes.append(f"kept the adapter of step {job.best_step}, validation loss {job.best_loss:.4f}; later steps were worse")
+    if job.best_P is not None and job.best_step == 0:
+        notes.append("validation never got better than the untrained adapter: this adapter does nothing. Look at the data or the learning rate")
+    return notes
+
+
+def _result(config: RunConfig, job: Job, record: Recorder, loaded: Loaded, notes: list[str]) -> TrainResult:
+    steps = [line for line in job.history if line["split"] == "train"]
+    validated = [line["loss"] for line in job.history if line["split"] == "eval"]
+    seconds, tokens = time_and_tokens(record)
+    return TrainResult(
+        output_dir=config.output_dir,
+        steps=job.step,
+        train_seconds=round(seconds, 3),
+        tokens=tokens,
+        tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
+        trainable_parameters=len(job.flat),
+        final_loss=steps[-1]["loss"] if steps else job.last_loss,
+        eval_loss_before=validated[0] if validated else None,
+        best_eval_loss=job.best_loss if validated else None,
+        best_step=job.best_step,
+        learning_rate=job.learning_rate,
+        peak_memory_bytes=peak_memory_bytes(job.flat.values_P.device),
+        notes=tuple(notes),
+    )
+
+
+def time_and_tokens(record: Recorder) -> tuple[float, int]:
+    """Seconds inside training steps, and the real tokens that went through them (no padding exists)."""
+    return record.seconds, record.tokens
