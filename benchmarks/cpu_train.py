@@ -166,7 +166,7 @@ def ratios(runs: dict[str, list[Figures]], figure: str) -> Figures:
 
 
 def _medians(made: list[Figures]) -> Figures:
-    return {key: median(one[key] for one in made) for key, value in made[0].items() if isinstance(value, float)}
+    return {key: median(one[key] for one in made) for key, value in made[0].items() if isinstance(value, int | float)}
 
 
 def _check_same_work(runs: dict[str, list[Figures]]) -> None:

@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,7 +223,8 @@ def main() -> None:
         prepare(options.work, options.data, options.steps)
     else:
         settings = VARIANTS[options.system][options.variant]
-        result = {"peft": peft, "trl": trl}[options.system](options.work, options.steps, **settings)
+        systems: dict[str, Callable[..., dict[str, Any]]] = {"peft": peft, "trl": trl}
+        result = systems[options.system](options.work, options.steps, **settings)
         options.output.write_text(json.dumps(result), encoding="utf-8")
 
 

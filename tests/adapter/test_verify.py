@@ -187,4 +187,6 @@ def test_an_adapter_of_gpt2_fits_gpt2(saved, tmp_path):
     peft.get_peft_model(gpt2(), config).save_pretrained(tmp_path / "gpt2")
     adapter = Adapter.load(tmp_path / "gpt2")
     assert len(check_base(adapter, model, print_)) == 1
-    assert "another shape" in refusal(adapter, *saved(model=GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4))))
+    assert "another shape" in refusal(
+        adapter, *saved(model=GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4)))
+    )

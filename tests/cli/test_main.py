@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,16 +140,35 @@ def test_a_verb_that_prints_does_not_spoil_the_results(veneer: Any, verb: Any) -
 
 
 def test_a_reader_that_leaves_is_no_bug() -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m veneer.cli train --help | head -1",
-        shell=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    code = (
+        "import sys, types\n"
+        "from veneer.cli import __main__, output\n"
+        "run = lambda argv: [print('x' * 99, file=output.results()) for _ in range(10**5)] and None\n"
+        "sys.modules['talker'] = types.SimpleNamespace(run=run)\n"
+        "__main__.VERBS['talk'] = ('talker:run', '')\n"
+        "sys.exit(__main__.main(['talk']))\n"
     )
-    assert done.stdout.startswith("veneer train")
-    assert done.stderr == ""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talker:
+        assert talker.stdout is not None
+        assert talker.stderr is not None
+        talker.stdout.readline()
+        talker.stdout.close()
+        assert talker.stderr.read() == b""
+    assert talker.returncode == 141
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_letters_that_the_terminal_lacks(encoding: str) -> None:
+    code = (
+        "from veneer.cli import output\n"
+        "output.write_anything()\n"
+        "output.print_json({'text': chr(233) + chr(0x1F600) + chr(0xD800)})\n"
+        "output.say(chr(0x1F600))\n"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment)
+    assert json.loads(done.stdout.decode(encoding))["text"] == chr(233) + chr(0x1F600) + chr(0xD800)
 
 
 def test_the_table_names_files_that_are_there() -> None:

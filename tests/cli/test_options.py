@@ -1,4 +1,4 @@
-"""The options of every verb are a promise: this test fails when one is added, renamed, removed or gets another default."""
+"""The options of every verb are a promise: one added, renamed, removed or with another default fails here."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,6 @@ def test_lists_given_twice_add_up() -> None:
 def test_words_that_stand_alone() -> None:
     settings: GenerateSettings = parse(["Say hi", "--adapter", "a"], generate.COMMAND).settings
     assert settings.prompt == "Say hi"
-    assert parse(["--adapter", "a", "--", "--r", "b"][:3] + ["--prompt=--r"], generate.COMMAND).settings.prompt == "--r"
     assert parse(["--adapter", "a", "--", "--help"], generate.COMMAND).settings.prompt == "--help"
     assert parse(["x=a", "b"], chat.COMMAND).settings.adapters == {"x": "a", "b": "b"}
     assert parse(["-", "--adapter", "a"], generate.COMMAND).settings.prompt == "-"
@@ -190,7 +190,5 @@ def test_help_wins_over_faults(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_words_are_a_bug(words: list[str]) -> None:
     """Whatever is typed gives settings, help, or one ConfigError."""
     words = [word for word in words if not word.endswith((".yaml", ".yml")) and "\0" not in word]
-    try:
+    with contextlib.suppress(ConfigError, SystemExit):
         parse(words, COMMAND)
-    except (ConfigError, SystemExit):
-        pass

@@ -38,7 +38,7 @@ def test_options_of_other_tools_are_answered_with_advice() -> None:
 
 
 def test_a_section_is_not_an_option() -> None:
-    with pytest.raises(ConfigError, match="lora is a group of options.*: r, lora_alpha"):
+    with pytest.raises(ConfigError, match=r"lora is a group of options.*: r, lora_alpha"):
         RunConfig.from_flat({**GIVEN, "lora": {"r": 8}})
 
 
@@ -48,7 +48,7 @@ def test_the_place_inside_a_value_is_named() -> None:
 
 
 def test_the_branches_of_a_union_are_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="target_modules: got 3, wanted 'all-linear' or a list$"):
+    with pytest.raises(ConfigError, match=r"target_modules: got 3, wanted 'all-linear' or a list$"):
         RunConfig.from_flat({**GIVEN, "target_modules": 3})
 
 

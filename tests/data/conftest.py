@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 TEXTS = [
-    "Wake me up at seven, please.\n\nYou are a helpful assistant.",
+    "Wake me up at seven, please.\n\n\nYou are a helpful assistant.",
     "user assistant system",
     "one two three 1234567890",
 ]
@@ -18,10 +18,11 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# as Llama 3 does it: trims, opens with a start token, writes nothing after the end token
+# as Llama 3 does it: trims, opens with a start token, writes nothing after the end token (it has two line breaks there)
 TRIMMING = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' }}"
-    "{{ m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # as Qwen 3 does it: the last reply is written with a thought that disappears once another turn follows
 REWRITING = (

@@ -78,7 +78,13 @@ def test_white_space_is_trained_as_it_stands_or_refused(tokenizer_of, conv):
         assert any(message["content"] != message["content"].strip() for message in conv.messages)
 
 
-def test_a_reply_that_merges_with_the_template_is_refused(smollm2_tokenizer):
+def test_a_reply_that_merges_with_the_template_is_refused(chatml):
+    conv = conversation({"prompt": "a", "completion": "\n\nb"}, "row")
+    with pytest.raises(DataError, match="row 1: the chat template of small-test-tokenizer puts 'sistant"):
+        Template(chatml).encode(conv, 0, LONG)
+
+
+def test_so_does_it_with_the_real_tokenizer(smollm2_tokenizer):
     conv = conversation({"prompt": "a", "completion": "\n\nb"}, "row")
     with pytest.raises(
         DataError, match=r"row 4: the chat template of .* puts 'sistant\\n' and '\\n\\nb<\|im_' side by"

@@ -154,6 +154,14 @@ def test_system_prompt_references_and_earlier_turns_reach_the_model():
     assert [s.scores["exact_match"]["base"] for s in found.samples] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("metric", ["exact_match", "loss"])
+def test_an_instruction_put_before_the_prompt_is_said(metric):
+    rows = [{"instruction": "Add.", "prompt": "1 + 1", "completion": "2"}]
+    stubs = {"generate": answering(base=0), "sequence_nll": likelihood(base=1.0)}
+    found = evaluate(LOADED, rows, slots={"base": None}, metrics=[metric], **stubs)
+    assert [note for note in found.notes if "`instruction` stands before the prompt" in note]
+
+
 def test_progress_is_told():
     said = []
     stubs = {"generate": answering(base=0, default=0), "sequence_nll": likelihood(base=1.0, default=1.0)}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,13 +26,16 @@ from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
 from veneer.model.swap import leaf_at, linear_paths, unswap
 
+V = TypeVar("V")
+
 
 def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "default", *, seed: int = 0) -> nn.Module:
     """Fills the slot `name` with a saved adapter, or with a new one made from settings; returns the same model.
 
     Ordinary calls of the model speak with the first slot attached (`veneer.model.packed.speaking` chooses another).
     A new adapter's starting values depend on the seed and the module's path alone.
-    Raises WrongBaseError (an adapter of another base), ConfigError (targets that match nothing), AdapterError (name taken).
+    Raises WrongBaseError (an adapter of another base), ConfigError (targets that match nothing), AdapterError (name
+    taken).
     """
     _check_name(model, name)
     made = _from_adapter(model, source) if isinstance(source, Adapter) else _from_settings(model, source, seed)
@@ -45,7 +49,9 @@ def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "defaul
     return model
 
 
-def take(model: nn.Module, name: str = "default", *, base_name: str = "", storage: str = "", training: dict | None = None) -> Adapter:
+def take(
+    model: nn.Module, name: str = "default", *, base_name: str = "", storage: str = "", training: dict | None = None
+) -> Adapter:
     """Reads the slot `name` back as a plain adapter (scale folded in) with its card; the model is unchanged."""
     methods = methods_of(model, name)
     tensors: dict[str, torch.Tensor] = {}
@@ -56,7 +62,7 @@ def take(model: nn.Module, name: str = "default", *, base_name: str = "", storag
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Takes one slot off, or (without a name) all of them and puts the plain linear layers back; returns the same model."""
+    """Takes one slot off; without a name all of them, and plain linear layers stand there again. Returns the model."""
     wiring = wiring_of(model)
     for slot in [name] if name is not None else list(wiring.slots):
         for method in methods_of(model, slot):
@@ -69,15 +75,17 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def methods_of(model: nn.Module, name: str) -> dict[str, Method]:
-    """Module path -> method of the slot `name`, in the model's order. Raises AdapterError when there is no such slot."""
+    """Module path -> method of the slot `name`, in the model's order. Raises AdapterError when there is none."""
     slots = wiring_of(model).slots
     if name not in slots:
         raise AdapterError(f"no adapter named {name!r} is attached; attached are: {', '.join(slots) or 'none'}")
-    return {path: leaf.slots[name] for path, leaf in model.named_modules() if isinstance(leaf, Leaf) and name in leaf.slots}
+    return {
+        path: leaf.slots[name] for path, leaf in model.named_modules() if isinstance(leaf, Leaf) and name in leaf.slots
+    }
 
 
 def merge_into(model: nn.Module, name: str = "default") -> nn.Module:
-    """Adds the slot's update to the base weights (sum in float32, rounded once) and takes the slot off; returns the same model.
+    """Adds the slot's update to the base weights (sum in float32, rounded once), takes the slot off, returns the model.
 
     Raises NotMergeable before anything is changed.
     """
@@ -92,7 +100,9 @@ def merge_into(model: nn.Module, name: str = "default") -> nn.Module:
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Paths of the linear layers that the settings name. Raises ConfigError with every target that matches nothing."""
     paths = linear_paths(model)
-    chosen = paths if settings.target_modules == "all-linear" else _named(paths, settings.target_modules, "target_modules")
+    chosen = (
+        paths if settings.target_modules == "all-linear" else _named(paths, settings.target_modules, "target_modules")
+    )
     if settings.exclude_modules:
         excluded = set(_named(paths, settings.exclude_modules, "exclude_modules"))
         chosen = [path for path in chosen if path not in excluded]
@@ -107,7 +117,9 @@ def _named(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[s
     if missed:
         kinds = sorted({path.rpartition(".")[2] for path in paths})
         faults = [f"{p!r} matches no linear layer{_near(p, kinds)}" for p in missed]
-        raise ConfigError(listed(f"{option}:", faults, f"This model has: {', '.join(kinds)} (or a whole path such as {paths[0]})."))
+        raise ConfigError(
+            listed(f"{option}:", faults, f"This model has: {', '.join(kinds)} (or a whole path such as {paths[0]}).")
+        )
     wanted = {path for found in hits.values() for path in found}
     return [path for path in paths if path in wanted]
 
@@ -118,7 +130,7 @@ def _near(word: str, kinds: Sequence[str]) -> str:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """A pattern names a layer by its whole path, by its last parts, or as a regular expression over either (PEFT's rule)."""
+    """A pattern names a layer by its whole path, its last parts, or a regular expression over either (PEFT's rule)."""
     return path == pattern or path.endswith("." + pattern) or re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
@@ -140,7 +152,7 @@ def _new(model: nn.Module, path: str, settings: LoraSettings, seed: int) -> LoRA
     return LoRA(a_RI, b_OR, scale, settings.lora_dropout)
 
 
-def _pattern(path: str, patterns: dict, default):
+def _pattern(path: str, patterns: Mapping[str, V], default: V) -> V:
     return next((value for pattern, value in patterns.items() if matches(path, pattern)), default)
 
 
@@ -162,7 +174,9 @@ def _check_name(model: nn.Module, name: str) -> None:
     if not name or "." in name:
         raise ConfigError(f"an adapter's name must not be empty or hold a dot, got {name!r}")
     if name in wiring_of(model).slots:
-        raise AdapterError(f"a slot named {name!r} is attached already; next: veneer.detach(model, {name!r}), or another name")
+        raise AdapterError(
+            f"a slot named {name!r} is attached already; next: veneer.detach(model, {name!r}), or another name"
+        )
 
 
 def _freeze_base(model: nn.Module) -> None:
@@ -181,7 +195,9 @@ def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage:
         scales=scales,
         ranks=ranks,
         base=fingerprints.of(model),
-        base_name=base_name or getattr(getattr(model, "veneer_source", None), "name", "") or getattr(model, "name_or_path", ""),
+        base_name=base_name
+        or getattr(getattr(model, "veneer_source", None), "name", "")
+        or getattr(model, "name_or_path", ""),
         storage=storage or f"dense {str(model.dtype).removeprefix('torch.')}",
         training=training,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -33,8 +33,8 @@ Made = TypeVar("Made")
 # Settings that leave no trace in the forward once training is over: ranks and scale are in the tensors.
 # Every other setting counts, so that a new method's settings are part of its identity unless named here.
 _TRAINING_ONLY = frozenset(
-    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules layers_to_transform "
-    "rank_pattern alpha_pattern".split()
+    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules "
+    "layers_to_transform rank_pattern alpha_pattern".split()
 )
 
 

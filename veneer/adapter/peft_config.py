@@ -37,11 +37,12 @@ _REFUSED = {
 }
 # Settings that choose targets, concern training only, or say where the adapter came from.
 _HARMLESS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules "
-    "exclude_modules fan_in_fan_out lora_dropout layers_to_transform layers_pattern megatron_core loftq_config "
-    "eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying runtime_config".split()
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "target_modules exclude_modules fan_in_fan_out lora_dropout layers_to_transform layers_pattern "
+    "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
+    "ensure_weight_tying runtime_config".split()
 )
-_READ = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+_READ = frozenset(["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"])
 RECORDED = (*sorted(_READ - {"bias"}), "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform")
 
 

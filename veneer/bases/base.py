@@ -8,6 +8,8 @@ the fused layers in `veneer.kernels` call both directly, so a storage decides ho
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,10 +57,10 @@ class FrozenProduct(torch.autograd.Function):
     """x W' with the gradient for x alone: W is frozen, so nothing else is kept for backward."""
 
     @staticmethod
-    def forward(ctx, x_TI: Tensor, base: Base) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, base: Base) -> Tensor:
         ctx.base = base
         return base.matmul(x_TI)
 
     @staticmethod
-    def backward(ctx, g_TO: Tensor):
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Any, ...]:
         return (ctx.base.matmul_t(g_TO) if ctx.needs_input_grad[0] else None), None

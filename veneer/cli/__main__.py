@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from veneer.cli.output import results, results_only, say
+from veneer.cli.output import results, results_only, say, write_anything
 from veneer.errors import ConfigError, VeneerError, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     # pydantic looks for plugins in every installed package: a tenth of a second that no verb has a use for.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    write_anything()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] == "help":
         words = [*words[1:2], "--help"]

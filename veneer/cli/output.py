@@ -26,6 +26,13 @@ def results_only() -> Iterator[None]:
         _results.pop()
 
 
+def write_anything() -> None:
+    """A letter that the terminal cannot show, or half a letter from a model, is escaped instead of ending the verb."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def results() -> IO[str]:
     """The stream that carries results."""
     return _results[-1] if _results else sys.stdout
@@ -38,7 +45,10 @@ def say(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on one line of the results. NaN and infinity, which JSON lacks, become null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=str), file=results(), flush=True)
+    # Escapes of `write_anything` are JSON up to U+FFFF only; a stream that is not Unicode gets JSON's own.
+    ascii_only = not (getattr(results(), "encoding", None) or "utf-8").lower().startswith("utf")
+    text = json.dumps(_finite(value), ensure_ascii=ascii_only, allow_nan=False, default=str)
+    print(text, file=results(), flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         BaseSettings,
         ChatSettings,
         DecodingSettings,
+        DemoSettings,
         EvalSettings,
         GenerateSettings,
         MergeSettings,
@@ -34,6 +35,7 @@ __all__ = [
     "ChatSettings",
     "DataSettings",
     "DecodingSettings",
+    "DemoSettings",
     "EvalSettings",
     "GenerateSettings",
     "LoraSettings",
@@ -56,7 +58,8 @@ _HOMES = {
     "options": "Option options_of",
     "run": "DataSettings LoraSettings RunConfig TrainSettings",
     "settings": "Settings read",
-    "verbs": "BaseSettings ChatSettings DecodingSettings EvalSettings GenerateSettings MergeSettings PreviewSettings",
+    "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "
+    "PreviewSettings",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -163,3 +163,14 @@ class MergeSettings(BaseSettings):
         if len(self.adapters) > 1:
             raise PydanticCustomError("one", "one adapter is merged into the base at a time")
         return self
+
+
+class DemoSettings(Settings):
+    """The demo: everything else is fixed."""
+
+    group: ClassVar[str] = "Demo"
+
+    output_dir: Folder = Field(default="out/demo", description="folder for data, adapter, merged model and report")
+    max_steps: Positive = Field(default=120, description="optimiser steps of 8 rows")
+    test_rows: Positive = Field(default=100, description="held-out requests to evaluate on")
+    seed: Seed = Field(default=0, description="of data, start and order")

@@ -131,7 +131,7 @@ def evaluate(
     template = Template(loaded.tokenizer, system_prompt)
     text_metrics = [name for name in metrics if name not in LIKELIHOOD]
     prompts = [template.prompt_ids(conv) for conv in conversations] if text_metrics else []
-    notes = template.notes
+    notes = (*template.notes, *_instruction_note(rows))
     nll: dict[str, Sequence[tuple[float, int]]] = {}
     if len(text_metrics) < len(metrics):
         encoded = encode_rows(rows, template, max_length, where)
@@ -141,7 +141,7 @@ def evaluate(
     for label, slot in slots.items() if text_metrics else ():
         progress(f"{label}: generating {len(prompts):,} answers")
         texts[label] = generate(
-            loaded.model, loaded.tokenizer, prompts, slot, max_new_tokens, temperature=1.0, batch_size=batch_size
+            loaded.model, loaded.tokenizer, prompts, slot, max_new_tokens, temperature=0.0, batch_size=batch_size
         )
     samples = _samples(conversations, texts, text_metrics) if text_metrics else ()
     scores, differences = _scored(metrics, list(slots), samples, nll, seed)
@@ -180,6 +180,15 @@ def _conversations(rows: Sequence[Mapping[str, Any]], where: str) -> list[Conver
     if faults:
         raise DataError(listed(f"{where}: {len(faults):,} of {len(rows):,} rows cannot be used:", shortened(faults)))
     return found
+
+
+def _instruction_note(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    count = sum(bool(row.get("instruction")) for row in rows)
+    return (
+        [f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\\n\\n{{prompt}}"]
+        if count
+        else []
+    )
 
 
 def _likelihoods(

@@ -10,12 +10,20 @@ Here both products land in the buffer that the frozen product wrote, and only x 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from veneer.bases.base import Base
+
+class Products(Protocol):
+    """What is needed of a frozen weight W (O, I): see veneer.bases.base.Base."""
+
+    bias: Tensor | None
+
+    def matmul(self, x_TI: Tensor) -> Tensor: ...
+
+    def matmul_t(self, g_TO: Tensor) -> Tensor: ...
 
 
 class Piece(NamedTuple):
@@ -27,7 +35,9 @@ class Piece(NamedTuple):
     scale: float
 
 
-def lora_linear(x_TI: Tensor, base: Base, pieces: Sequence[Piece], factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def lora_linear(
+    x_TI: Tensor, base: Products, pieces: Sequence[Piece], factors: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
     """x W' + bias + Σ over pieces of scale · (x A') B' on the piece's rows, (T, O) in x's dtype.
 
     factors: pairs a_RI, b_OR in any float dtype; products run in x's dtype, gradients come back in the factor's.
@@ -39,7 +49,7 @@ def lora_linear(x_TI: Tensor, base: Base, pieces: Sequence[Piece], factors: Sequ
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TI: Tensor, base: Base, pieces: tuple[Piece, ...], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, base: Products, pieces: tuple[Piece, ...], *factors: Tensor) -> Tensor:
         cast = [factor.to(x_TI.dtype) for factor in factors]
         y_TO = base.matmul(x_TI)
         if base.bias is not None:
@@ -54,7 +64,7 @@ class _LoraLinear(torch.autograd.Function):
         return y_TO
 
     @staticmethod
-    def backward(ctx, g_TO: Tensor):
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Any, ...]:
         x_TI, *rest = ctx.saved_tensors
         cast, zs = rest[: len(ctx.dtypes)], rest[len(ctx.dtypes) :]
         dx_TI = ctx.base.matmul_t(g_TO) if ctx.needs_input_grad[0] else None

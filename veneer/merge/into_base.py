@@ -1,4 +1,4 @@
-"""An adapter becomes part of its base: a model folder that plain transformers loads, and a report of what rounding cost."""
+"""An adapter becomes part of its base: a folder that plain transformers loads, and what rounding cost."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     chosen = _dtype(loaded.model, dtype)
     attach(loaded.model, adapter, SLOT)
     wanted = _logits(loaded.model, SLOT)
-    rounding = {path: _rounding(method.merged(loaded.model.get_submodule(path).base), method.plain(), chosen) for path, method in methods_of(loaded.model, SLOT).items()}
+    rounding = {
+        path: _rounding(method.merged(loaded.model.get_submodule(path).base), method.plain(), chosen)
+        for path, method in methods_of(loaded.model, SLOT).items()
+    }
     merge_into(loaded.model, SLOT)
     detach(loaded.model)
     loaded.model.to(chosen)
@@ -109,8 +112,14 @@ def _report(folder: Path, dtype: torch.dtype, rounding: dict[str, tuple[float, f
     worst = max(relative, key=relative.__getitem__)
     overall = (sum(error**2 for error in errors) ** 0.5) / update if update else 0.0
     if not torch.isfinite(got).all():
-        raise ModelError(f"the merged model in {folder} gives logits that are not finite; do not use it, keep the adapter instead")
-    notes = (f"rounding to {dtype} took {overall:.0%} of the update: keep the adapter, or merge with --dtype float32",) if overall > 0.1 else ()
+        raise ModelError(
+            f"the merged model in {folder} gives logits that are not finite; do not use it, keep the adapter instead"
+        )
+    notes = (
+        (f"rounding to {dtype} took {overall:.0%} of the update: keep the adapter, or merge with --dtype float32",)
+        if overall > 0.1
+        else ()
+    )
     return MergeReport(
         output=str(folder),
         dtype=str(dtype).removeprefix("torch."),

@@ -4,12 +4,12 @@ Legend: T tokens, H query heads, K key-value heads, G = H / K, D head size; N se
 
 CPU: short segments go through batched products with the softmax in float32 (`_Buckets`), because torch's flash backward
 costs 2-4 ms a call however small the segment is; long ones (> SHORT) through torch's flash kernel, one call each.
-CUDA: one varlen flash kernel over the whole stream.
+CUDA in half precision: one varlen flash kernel over the whole stream; in float32 as on the CPU.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,15 @@ SHORT = 640  # tokens; above it the (L, L) matrices cost more memory than the fl
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
-    dropout: float = 0.0, **kwargs,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (1, H, T, D), key and value (1, K, T, D) -> (1, T, H, D)."""
     stream = kwargs.get("veneer_stream")
@@ -35,17 +42,21 @@ def packed_attention(
         if kwargs.get(setting) is not None:
             raise NotImplementedError(f"packed attention does not know {setting}={kwargs[setting]!r}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    run = _varlen if query.is_cuda else _segments
+    run = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _segments
     return run(query[0], key[0], value[0], stream, scale).unsqueeze(0), None
 
 
 def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q_HTD.shape[0] // k_KTD.shape[0]
-    q, k, v = (x.transpose(0, 1) for x in (q_HTD, k_KTD.repeat_interleave(groups, 0), v_KTD.repeat_interleave(groups, 0)))
+    q, k, v = (x.transpose(0, 1) for x in (q_HTD, _repeated(k_KTD, q_HTD), _repeated(v_KTD, q_HTD)))
     longest, starts = max(stream.lengths), stream.starts_S1
     return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+
+
+def _repeated(x_KTD: Tensor, q_HTD: Tensor) -> Tensor:
+    """(K, T, D) -> (H, T, D): each key-value head once for every query head that shares it."""
+    return x_KTD.repeat_interleave(q_HTD.shape[0] // x_KTD.shape[0], 0)
 
 
 def _segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
@@ -87,7 +98,8 @@ def _plan(stream: Stream) -> Plan:
 
 
 def _rows(stream: Stream, segments: list[int]) -> Tensor:
-    return torch.cat([torch.arange(stream.starts[i], stream.starts[i + 1]) for i in segments])
+    rows = torch.cat([torch.arange(stream.starts[i], stream.starts[i + 1]) for i in segments])
+    return rows.to(stream.token_ids_T.device)
 
 
 def _make_bucket(stream: Stream, segments: list[int]) -> Bucket:
@@ -96,13 +108,13 @@ def _make_bucket(stream: Stream, segments: list[int]) -> Bucket:
     padded = torch.stack([stream.starts[i] + steps.clamp(max=stream.lengths[i] - 1) for i in segments])
     places = torch.cat([n * longest + torch.arange(stream.lengths[i]) for n, i in enumerate(segments)])
     masked = torch.ones(longest, longest, dtype=torch.bool).triu(1)
-    return Bucket(_rows(stream, segments), padded, places, masked)
+    device = stream.token_ids_T.device
+    return Bucket(_rows(stream, segments), padded.to(device), places.to(device), masked.to(device))
 
 
 def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rows: Tensor, scale: float) -> Tensor:
     start, stop = int(rows[0]), int(rows[-1]) + 1
-    groups = q_HTD.shape[0] // k_KTD.shape[0]
-    q, k, v = (x[None, :, start:stop] for x in (q_HTD, k_KTD.repeat_interleave(groups, 0), v_KTD.repeat_interleave(groups, 0)))
+    q, k, v = (x[None, :, start:stop] for x in (q_HTD, _repeated(k_KTD, q_HTD), _repeated(v_KTD, q_HTD)))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
 
 
@@ -118,8 +130,12 @@ class _BucketAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, bucket: Bucket, scale: float) -> Tensor:
-        q, k, v = _gather(q_HTD, k_KTD.shape[0], bucket), _gather(k_KTD, k_KTD.shape[0], bucket), _gather(v_KTD, k_KTD.shape[0], bucket)
+    def forward(ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, bucket: Bucket, scale: float) -> Tensor:
+        q, k, v = (
+            _gather(q_HTD, k_KTD.shape[0], bucket),
+            _gather(k_KTD, k_KTD.shape[0], bucket),
+            _gather(v_KTD, k_KTD.shape[0], bucket),
+        )
         groups = q.shape[1] // k.shape[1]
         # Scores in float32: rounded to bfloat16 they would be off by 1/256 of their size before the exponential.
         scores = torch.bmm(q.float() * scale, k.float().transpose(1, 2))
@@ -130,7 +146,7 @@ class _BucketAttention(torch.autograd.Function):
         return _ungather(torch.bmm(probs, v), q_HTD.shape, bucket)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         q, k, v, probs = ctx.saved_tensors
         bucket, (q_shape, k_shape) = ctx.bucket, ctx.shapes
         g = _regather(g, k_shape[0], bucket)
@@ -167,10 +183,8 @@ def _full(x: Tensor, shape: torch.Size, bucket: Bucket) -> Tensor:
     """Gradient of `_gather`: the padding's share is zero, so rows are copied, not summed."""
     heads, tokens, size = shape
     rows = _ungather(x, shape, bucket)
-    if len(bucket.rows) == tokens:
-        out = torch.empty_like(rows)
-    else:
-        out = rows.new_zeros(tokens, heads, size)
+    whole = len(bucket.rows) == tokens
+    out = torch.empty_like(rows) if whole else rows.new_zeros(tokens, heads, size)
     return out.index_copy_(0, bucket.rows, rows).transpose(0, 1)
 
 

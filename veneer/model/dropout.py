@@ -1,4 +1,4 @@
-"""Stateless dropout: the mask is a function of (key of the step, module, row), so recompute and resume draw it again."""
+"""Stateless dropout: a mask is a function of (key of the step, module, row); recompute and resume draw it again."""
 
 from __future__ import annotations
 

@@ -31,14 +31,16 @@ def generate(
 ) -> list[str]:
     """The continuation of every prompt (token ids), spoken by `slot` (None: the base alone), special tokens left out.
 
-    temperature 0 takes the likeliest token. Prompts of like length share a batch; the order of the result is the prompts'.
+    temperature 0 takes the likeliest token. Prompts of like length share a batch; results are in the prompts' order.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         written: list[list[int]] = [[] for _ in batch]
-        for tokens in _decode(model, tokenizer, [prompts[i] for i in batch], batch, slot, max_new_tokens, temperature, top_p, seed):
+        for tokens in _decode(
+            model, tokenizer, [prompts[i] for i in batch], batch, slot, max_new_tokens, temperature, top_p, seed
+        ):
             for place, token in tokens.items():
                 written[place].append(token)
         for i, ids in zip(batch, written, strict=True):
@@ -79,8 +81,15 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
 
 @torch.no_grad()
 def _decode(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], numbers: Sequence[int], slot: str | None,
-    max_new_tokens: int, temperature: float, top_p: float, seed: int,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    slot: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
 ) -> Iterator[dict[int, int]]:
     """Each step: place in the batch -> token, for the places still writing. End tokens are not yielded."""
     device, ends = next(model.parameters()).device, end_tokens(model, tokenizer)
@@ -91,7 +100,12 @@ def _decode(
         positions = (mask_BL.cumsum(1) - 1).clamp(min=0)[:, -ids_BL.shape[1] :]
         with speaking(model, slot):  # only around the call: between steps the caller may let others speak
             out = model(
-                input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids_BL,
+                attention_mask=mask_BL,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
         tokens = _choose(out.logits[:, -1].float(), temperature, top_p, generators)
         alive = [i for i, token in enumerate(tokens) if token not in ends]
@@ -124,7 +138,7 @@ def _choose(logits_BV: Tensor, temperature: float, top_p: float, generators: Seq
 
 
 def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
-    """Keeps the likeliest tokens whose probabilities reach top_p, at least one (Holtzman et al. 2019, arXiv 1904.09751)."""
+    """Keeps the likeliest tokens whose probabilities reach top_p, at least one (Holtzman et al., arXiv 1904.09751)."""
     sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
     kept = sorted_BV.cumsum(-1) - sorted_BV < top_p
     return torch.zeros_like(probs_BV).scatter_(1, order_BV, sorted_BV * kept)

@@ -9,6 +9,7 @@ original keys: `q_proj.weight`, never `q_proj.base.weight`, so that `save_pretra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ class Leaf(nn.Module):
     def _spans(self, tokens: int) -> Sequence[Span]:
         stream, voice = self.wiring.stream, self.wiring.voice
         if stream is None:
-            return [Span(0, tokens, voice)] if voice in self.slots else ()
+            return [Span(0, tokens, voice)] if voice is not None and voice in self.slots else ()
         if tokens != len(stream.token_ids_T):
             raise RuntimeError(f"{self.path}: got {tokens} rows, the running stream has {len(stream.token_ids_T)}")
         return [span for span in stream.spans if span.slot in self.slots]
@@ -73,11 +74,16 @@ class Leaf(nn.Module):
         methods = [self.slots[span.slot] for span in spans]
         masks = [self._dropout(x_TI, span, method) for span, method in zip(spans, methods, strict=True)]
         if all(isinstance(method, LoRA) for method in methods) and not any(mask is not None for mask in masks):
-            pieces = [Piece(s.start, s.stop, i, m.scale * s.weight) for i, (s, m) in enumerate(zip(spans, methods, strict=True))]
+            pieces = [
+                Piece(s.start, s.stop, i, m.scale * s.weight)
+                for i, (s, m) in enumerate(zip(spans, methods, strict=True))
+            ]
             return lora_linear(x_TI, self.base, pieces, [(m.a_RI, m.b_OR) for m in methods])
         return self._by_delta(x_TI, spans, methods, masks)
 
-    def _by_delta(self, x_TI: Tensor, spans: Sequence[Span], methods: Sequence[Method], masks: Sequence[Tensor | None]) -> Tensor:
+    def _by_delta(
+        self, x_TI: Tensor, spans: Sequence[Span], methods: Sequence[Method], masks: Sequence[Tensor | None]
+    ) -> Tensor:
         """The general way, for any method and for dropout: one delta a span."""
         bias, y_TO = self.base.bias, self.base.linear(x_TI)
         parts = []
@@ -99,13 +105,13 @@ class Leaf(nn.Module):
         # An ordinary call, as transformers.Trainer makes it: torch's own generator, in training mode only.
         return F.dropout(torch.ones_like(x_TI), method.dropout) if self.training else None
 
-    def state_dict(self, *args, destination=None, prefix: str = "", keep_vars: bool = False):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base alone, under the names that the linear layer had; adapters are taken with `veneer.take`."""
-        return self.base.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self.base.state_dict(*args, **kwargs)
 
 
-def _restore_names(leaf: Leaf, state: dict, prefix: str, *_unused) -> None:
-    """Before loading: original names -> the base's; slots keep what they hold (they are not part of the model's state)."""
+def _restore_names(leaf: Leaf, state: dict[str, Tensor], prefix: str, *_unused: Any) -> None:
+    """Before loading: original names -> the base's; slots keep what they hold (not part of the model's state)."""
     for name, value in leaf.named_parameters():
         inside = name.removeprefix("base.")
         if name.startswith("base.") and prefix + inside in state:

@@ -18,7 +18,9 @@ from veneer.errors import ModelError
 from veneer.model import fingerprint as fingerprints
 from veneer.model.probe import probe
 from veneer.model.source import Source, resolve, unknown
+from veneer.model.sources import checkpoint_files
 from veneer.model.swap import swap_norms
+from veneer.model.unpack import unpacked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +55,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto", check: bool = Tru
         tokenizer, model = tokenizer or _tokenizer(source), _model(source, chosen)
     prepare(model)
     model.to(place)
-    model.veneer_source = source
+    model.veneer_source, model.veneer_stored_dtype = source, _stored_dtype(source)
     model.veneer_fingerprint = _fingerprint(source, model, tokenizer)
     if check:
         probe(model)
@@ -68,8 +70,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_config(name: str) -> Any:
     """The configuration alone: sizes, family."""
-    source = resolve(name)
     with _quiet():
+        source = _opened(resolve(name))
         try:
             return AutoConfig.from_pretrained(source.place, **source.options())
         except Exception as error:  # transformers raises many kinds here, all of them meaning "no such model"
@@ -95,11 +97,26 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r} was asked for and torch sees no CUDA GPU; next: --device cpu, or install a CUDA build of torch")
+        raise ModelError(
+            f"device {device!r} was asked for and torch sees no CUDA GPU; "
+            "next: device='cpu', or install a CUDA build of torch"
+        )
     return torch.device(device)
 
 
+def _opened(source: Source) -> Source:
+    return unpacked(source, lambda packed: (_read_model(packed, torch.float32), _read_tokenizer(packed)))
+
+
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    return _read_tokenizer(_opened(source))
+
+
+def _model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    return _read_model(_opened(source), dtype)
+
+
+def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
     except Exception as error:  # transformers raises many kinds here, all of them meaning "no such tokenizer"
@@ -109,7 +126,7 @@ def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+def _read_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     options: dict = {"dtype": dtype, **source.options()}
     if source.gguf_file:
         from transformers import GgufConfig
@@ -119,12 +136,13 @@ def _model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(source.place, **options)
     except Exception as error:  # as above
         raise unknown(source.name, _first_line(error)) from error
-    model.veneer_stored_dtype = _stored_dtype(source)
     if source.gguf_file:
         _forget_gguf(model)
     if getattr(model.config, "quantization_config", None) is not None:
-        kind = model.config.quantization_config
-        raise ModelError(f"{source.name} is quantised ({getattr(kind, 'quant_method', kind)}); this version trains on dense weights: name the original model")
+        kind = getattr(model.config.quantization_config, "quant_method", "an unknown way")
+        raise ModelError(
+            f"{source.name} is quantised ({kind}); this version trains on dense weights: name the original model"
+        )
     return model.eval()
 
 
@@ -137,9 +155,11 @@ def _stored_dtype(source: Source) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _fingerprint(source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fingerprints.Fingerprint:
+def _fingerprint(
+    source: Source, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> fingerprints.Fingerprint:
     """The weights' part comes from the files, whatever dtype they were loaded in."""
-    files = fingerprints.checkpoint_files(str(source.local or source.place))
+    files = checkpoint_files(str(source.local or source.place))
     found = fingerprints.of(model, tokenizer)
     return dataclasses.replace(found, weights=fingerprints.weights_of(files)) if files else found
 

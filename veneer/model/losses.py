@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class _HeadNLL(torch.autograd.Function):
     """The gradient for `hidden` is made while the logits of its chunk exist; backward only scales its rows."""
 
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_N: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         nll_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wanted else None
@@ -82,7 +83,7 @@ class _HeadNLL(torch.autograd.Function):
         return nll_N
 
     @staticmethod
-    def backward(ctx, g_N: Tensor):
+    def backward(ctx: Any, g_N: Tensor) -> tuple[Any, ...]:
         (grad_ND,) = ctx.saved_tensors
         return (grad_ND * g_N[:, None].to(grad_ND.dtype)), None, None, None
 
@@ -92,7 +93,9 @@ def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 @torch.no_grad()
-def sequence_nll(model: nn.Module, examples: Sequence, slot: str | None, max_tokens: int = 4096) -> list[tuple[float, int]]:
+def sequence_nll(
+    model: nn.Module, examples: Sequence, slot: str | None, max_tokens: int = 4096
+) -> list[tuple[float, int]]:
     """Sum of token cross-entropies and number of targets of every example, spoken by `slot` (None: the base).
 
     examples: objects with `input_ids` and `targets`; packed into streams of at most max_tokens (or one example).

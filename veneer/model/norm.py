@@ -5,6 +5,8 @@ Legend: D hidden size. Source: Zhang & Sennrich 2019, arXiv 1910.07467; rounding
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,14 +25,14 @@ class FrozenRMSNorm(nn.Module):
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x32 = x.float()
         inverse = torch.rsqrt(torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
         ctx.save_for_backward(x, inverse, weight_D)
         return weight_D * (x32 * inverse).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, inverse, weight_D = ctx.saved_tensors
         gw = (g * weight_D).float()
         x_hat = x.float() * inverse

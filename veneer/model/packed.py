@@ -2,9 +2,9 @@
 
 Legend: T tokens of the stream, D hidden size.
 
-The model's own code runs unmodified. While a stream is `running`, its attention is ours (`veneer.model.attention`), and the
-swapped leaves read from the stream which rows belong to which slot. Outside, an ordinary `model(...)` call keeps the
-model's own attention and speaks with the wiring's `voice`.
+The model's own code runs unmodified. While a stream is `running`, its attention is ours (`veneer.model.attention`),
+and the swapped leaves read from the stream which rows belong to which slot. Outside, an ordinary `model(...)` call
+keeps the model's own attention and speaks with the wiring's `voice`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer.model.stream import Stream
 
 
 class Wiring:
-    """The one plain object that all swapped leaves of a model read. No context variable: autograd has threads of its own."""
+    """The one plain object that all swapped leaves read. No context variable: autograd has threads of its own."""
 
     def __init__(self) -> None:
         self.stream: Stream | None = None
@@ -44,7 +44,9 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         raise ModelError(f"this model has no packed path: {wiring.fault}")
     if wiring.stream is not None:
         raise RuntimeError("a stream is already running on this model; run one after the other")
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
     before = [(config, config._attn_implementation) for config in configs.values()]
     wiring.stream = stream
     try:

@@ -13,12 +13,13 @@ from veneer.model.losses import Targets, head_nll
 from veneer.model.packed import hidden_states, running, wiring_of
 from veneer.model.stream import pack
 
-# Relative to the largest logit: rounding of bfloat16 over tens of layers; a wrong mask or position is off by 10 % and more.
+# Relative to the largest logit: rounding over tens of layers; a wrong mask or position is off by 10 % and more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
 def probe(model: nn.Module) -> None:
-    """Raises ModelError naming the family when two packed segments differ from each alone, or the chunked head from the model's."""
+    """Raises ModelError naming the family when packed segments differ from each alone, or the chunked head from the
+    model's own logits."""
     family = getattr(model.config, "model_type", type(model).__name__)
     device = next(model.parameters()).device
     first, second = _sequences(model.config.vocab_size)
@@ -26,7 +27,9 @@ def probe(model: nn.Module) -> None:
         packed, nll = _packed(model, first, second, device)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
         wiring_of(model).fault = str(error)
-        raise ModelError(f"models of the family {family!r} are not supported: the packed forward failed ({error})") from error
+        raise ModelError(
+            f"models of the family {family!r} are not supported: the packed forward failed ({error})"
+        ) from error
     alone = [_alone(model, sequence, device) for sequence in (first, second)]
     faults = _faults(packed, nll, alone, second, TOLERANCE[model.dtype])
     if faults:

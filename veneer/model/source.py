@@ -65,11 +65,17 @@ def _folder(name: str, path: Path) -> Source:
     if (path / "config.json").is_file():
         return Source(name, str(path))
     if (path / "adapter_config.json").is_file() or (path / "veneer.json").is_file():
-        raise ModelError(f"{name} is an adapter folder, not a base model; name its base with --base-model and it with --adapter")
+        raise ModelError(
+            f"{name} is an adapter folder, not a base model; name its base with --base-model and it with --adapter"
+        )
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return Source(name, str(path), ggufs[0].name)
-    found = f"{len(ggufs)} GGUF files ({', '.join(g.name for g in ggufs[:5])}): name one" if ggufs else "no config.json and no .gguf file"
+    found = (
+        f"{len(ggufs)} GGUF files ({', '.join(g.name for g in ggufs[:5])}): name one"
+        if ggufs
+        else "no config.json and no .gguf file"
+    )
     raise ModelError(f"{name} is not a model folder: {found}")
 
 
@@ -80,5 +86,5 @@ def unknown(name: str, reason: str) -> ModelError:
     known = ", ".join(PACKAGED)
     return ModelError(
         f"cannot load the base model {name!r}: {reason}{hint}\n"
-        f"A base model is one of: {known} (packaged, no network), a local folder with config.json, a .gguf file, or a hub id."
+        f"A base model is one of: {known} (packaged, no network), a folder with config.json, a .gguf file, a hub id."
     )

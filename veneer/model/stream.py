@@ -31,7 +31,9 @@ class Stream:
     positions_T: Tensor  # int64, from 0 in every segment
     lengths: tuple[int, ...]  # tokens of each segment, S of them; their sum is T
     spans: tuple[Span, ...] = ()
-    dropout_keys: dict[str, int] = dataclasses.field(default_factory=dict)  # slot -> key of this step; absent: no dropout
+    dropout_keys: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # slot -> key of this step; absent: no dropout
 
     @cached_property
     def starts_S1(self) -> Tensor:

@@ -25,7 +25,9 @@ def swap_norms(model: nn.Module) -> int:
 def linear_paths(model: nn.Module) -> list[str]:
     """Paths of the layers that can hold an adapter: every linear layer and leaf but the vocabulary head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Leaf)) and module is not head]
+    return [
+        path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Leaf)) and module is not head
+    ]
 
 
 def leaf_at(model: nn.Module, path: str) -> Leaf:

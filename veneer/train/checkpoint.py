@@ -28,7 +28,9 @@ def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: 
     numbers = {}
     for index, job in enumerate(jobs):
         tensors, numbers[job.slot] = job.state()
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial / f"job-{index}.safetensors")
+        save_file(
+            {name: value.contiguous().cpu() for name, value in tensors.items()}, partial / f"job-{index}.safetensors"
+        )
     state = {"format": 1, "threads": torch.get_num_threads(), "run": identity, "jobs": numbers}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for file in partial.iterdir():
@@ -54,13 +56,20 @@ def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any]) -> list
     faults += [f"no state for {slot!r}" for slot in missing]
     if faults:
         raise CheckpointError(
-            listed(f"{folder} belongs to another run:", faults, "Resume with the settings of its run.yaml, or train into another --output-dir.")
+            listed(
+                f"{folder} belongs to another run:",
+                faults,
+                "Resume with the settings of its run.yaml, or train into another --output-dir.",
+            )
         )
     for index, job in enumerate(jobs):
         job.restore(_read_tensors(folder / f"job-{index}.safetensors"), state["jobs"][job.slot])
-    if state["threads"] != torch.get_num_threads():
-        return [f"the run began with {state['threads']} threads and goes on with {torch.get_num_threads()}: equal up to rounding, not to the byte"]
-    return []
+    before, now = state["threads"], torch.get_num_threads()
+    return (
+        []
+        if before == now
+        else [f"begun with {before} threads, goes on with {now}: equal up to rounding, not to the byte"]
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -74,12 +83,18 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); delete {file.parent} to resume from the one before") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); delete {file.parent} to resume from the one before"
+        ) from error
 
 
 def _differences(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     names = sorted(recorded.keys() | wanted.keys())
-    return [f"{n}: it has {recorded.get(n)!r}, this run {wanted.get(n)!r}" for n in names if recorded.get(n) != wanted.get(n)]
+    return [
+        f"{n}: it has {recorded.get(n)!r}, this run {wanted.get(n)!r}"
+        for n in names
+        if recorded.get(n) != wanted.get(n)
+    ]
 
 
 def _folders(output_dir: Path) -> list[Path]:

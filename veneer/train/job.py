@@ -23,7 +23,9 @@ def total_steps(settings: TrainSettings, rows: int) -> int:
     """Optimiser steps of a whole run."""
     if settings.max_steps is not None:
         return settings.max_steps
-    micro = Batches(rows, settings.per_device_train_batch_size, settings.seed).steps_per_epoch * settings.num_train_epochs
+    micro = (
+        Batches(rows, settings.per_device_train_batch_size, settings.seed).steps_per_epoch * settings.num_train_epochs
+    )
     return max(1, math.ceil(micro / settings.gradient_accumulation_steps))
 
 
@@ -68,7 +70,9 @@ class Job:
 
     def rows(self, micro: int) -> list[Example]:
         """The examples of micro-batch `micro` of the coming step."""
-        return [self.train[row] for row in self.batches.rows(self.step * self.settings.gradient_accumulation_steps + micro)]
+        return [
+            self.train[row] for row in self.batches.rows(self.step * self.settings.gradient_accumulation_steps + micro)
+        ]
 
     def dropout_key(self, micro: int) -> int:
         return dropout_key(self.settings.seed, self.slot, self.step * self.settings.gradient_accumulation_steps + micro)
@@ -108,7 +112,9 @@ class Job:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that changes while training: tensors and plain numbers."""
         tensors = {"values": self.flat.values_P.data}
-        tensors |= {name: value for name, value in self.optimizer.state.get(self.flat.values_P, {}).items() if name != "step"}
+        tensors |= {
+            name: value for name, value in self.optimizer.state.get(self.flat.values_P, {}).items() if name != "step"
+        }
         if self.best_P is not None:
             tensors["best"] = self.best_P
         names = ("step", "last_loss", "best_loss", "best_step", "evaluations_without_gain", "stopped_early")

@@ -20,7 +20,7 @@ from veneer.model.stream import pack
 from veneer.train.job import Job
 
 Record = Callable[[Job, dict], None]
-Save = Callable[[Sequence[Job]], None]
+Save = Callable[[Sequence[Job]], object]
 
 
 def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save) -> None:
@@ -63,10 +63,22 @@ def _step(model: nn.Module, jobs: Sequence[Job], record: Record) -> None:
             continue
         job.last_loss = loss
         seconds = time.perf_counter() - started
-        record(job, {"split": "train", "loss": loss, **facts, "tokens": tokens[job.slot], "targets": targets[job.slot], "seconds": seconds})
+        record(
+            job,
+            {
+                "split": "train",
+                "loss": loss,
+                **facts,
+                "tokens": tokens[job.slot],
+                "targets": targets[job.slot],
+                "seconds": seconds,
+            },
+        )
 
 
-def _forward_backward(model: nn.Module, jobs: Sequence[Job], micro: int, targets: dict[str, int]) -> dict[str, tuple[float, int]]:
+def _forward_backward(
+    model: nn.Module, jobs: Sequence[Job], micro: int, targets: dict[str, int]
+) -> dict[str, tuple[float, int]]:
     """Adds the gradients of one micro-batch of every job; returns each job's share of its loss, and its tokens."""
     batches = [(job, example) for job in jobs for example in job.rows(micro)]
     keys = {job.slot: job.dropout_key(micro) for job in jobs}
@@ -98,9 +110,10 @@ def _validate(model: nn.Module, job: Job, record: Record) -> None:
 
 
 def _failure(job: Job, loss: float, facts: dict[str, float]) -> NonFiniteLossError:
-    rows = sorted({example.row + 1 for example in job.rows(0)})
+    rows = sorted({example.row + 1 for example in job.rows(0)})[:8]
+    rate, norm = facts["learning_rate"], facts["grad_norm"]
     return NonFiniteLossError(
-        f"{job.slot}: step {job.step + 1} of {job.total} gave loss {loss:g} and gradient norm {facts['grad_norm']:g} at learning rate "
-        f"{facts['learning_rate']:.3g} (last finite loss {job.last_loss:.4g}; rows {rows[:8]} of the data). The adapter was not updated with it. "
-        f"Next: a lower --learning-rate (try {facts['learning_rate'] / 3:.1g}), or look at these rows; the last checkpoint stands."
+        f"{job.slot}: step {job.step + 1} of {job.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
+        f"rate {rate:.3g} (last finite loss {job.last_loss:.4g}; rows {rows} of the data). The adapter was not updated with "
+        f"it. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint stands."
     )

@@ -44,7 +44,7 @@ class FlatParameters:
 
 
 def adamw(flat: FlatParameters, settings: TrainSettings) -> torch.optim.AdamW:
-    """torch's fused AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) over the one flat tensor; the rate is set each step."""
+    """torch's fused AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the flat tensor; the rate is set each step."""
     betas = (settings.adam_beta1, settings.adam_beta2)
     return torch.optim.AdamW(
         [flat.values_P], lr=0.0, betas=betas, eps=settings.adam_epsilon, weight_decay=settings.weight_decay, fused=True

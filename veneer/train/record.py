@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from veneer.train.job import Job
 
@@ -33,7 +41,10 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self.bar is not None:
             self.bar.start()
-            self.tasks = {job.slot: self.bar.add_task(job.slot, total=job.total, completed=job.step, facts="") for job in self.jobs}
+            self.tasks = {
+                job.slot: self.bar.add_task(job.slot, total=job.total, completed=job.step, facts="")
+                for job in self.jobs
+            }
         return self
 
     def __exit__(self, *_unused: object) -> None:
@@ -71,7 +82,7 @@ class Recorder:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory in use so far: the allocator's on CUDA, the process's on the CPU; 0 where the system does not tell."""
+    """Highest memory in use so far: the allocator's on CUDA, the process's on the CPU; 0 where nobody tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

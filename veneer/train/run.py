@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from veneer.adapter.attach import attach, methods_of, take
 from veneer.config import RunConfig, write_yaml
@@ -16,6 +17,7 @@ from veneer.data.batches import split
 from veneer.data.chat import EncodedRows, Example, Template, encode_rows
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError
+from veneer.lowrank import norm as update_norm
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
 from veneer.train import checkpoint
 from veneer.train.job import Job, total_steps
@@ -61,7 +63,12 @@ class TrainingData:
     def facts(self) -> dict[str, int]:
         tokens = sum(len(example.input_ids) for example in self.train)
         trained = sum(sum(example.targets) for example in self.train)
-        return {"rows": len(self.train), "validation_rows": len(self.validation), "tokens": tokens, "trained_tokens": trained}
+        return {
+            "rows": len(self.train),
+            "validation_rows": len(self.validation),
+            "tokens": tokens,
+            "trained_tokens": trained,
+        }
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -73,7 +80,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
     return {**facts, "options": config.to_flat(), "notes": list(data.notes)}
 
 
-def train(config: RunConfig, *, resume: bool = False, progress: bool = True, loaded: Loaded | None = None) -> TrainResult:
+def train(
+    config: RunConfig, *, resume: bool = False, progress: bool = True, loaded: Loaded | None = None
+) -> TrainResult:
     """Trains one adapter and writes its folder; `loaded` spares loading the base again.
 
     With `resume`, goes on from the last checkpoint in output_dir, to the same bytes as an undisturbed run.
@@ -99,7 +108,13 @@ def train(config: RunConfig, *, resume: bool = False, progress: bool = True, loa
         loop(loaded.model, [job], record=record, save=save)
     notes += _verdict(job)
     result = _result(config, job, record, loaded, notes)
-    training = {**result.to_json(), "options": config.to_flat(), "data": data.facts(), "machine": machine()}
+    facts = {
+        "options": config.to_flat(),
+        "data": data.facts(),
+        "machine": machine(),
+        "update_norms": update_norms(loaded.model),
+    }
+    training = {**result.to_json(), **facts}
     adapter = take(loaded.model, SLOT, base_name=config.base_model, storage=loaded.storage, training=training)
     adapter.save(output)
     return result
@@ -165,15 +180,30 @@ def _set_aside(output: Path) -> Path:
     return output.rename(aside)
 
 
+def update_norms(model: nn.Module, slot: str = SLOT) -> dict[str, float]:
+    """‖ΔW‖ / ‖W‖ (Frobenius) of every adapted layer: where the adapter changed the model, and how much."""
+    norms = {}
+    for path, method in methods_of(model, slot).items():
+        weight = torch.linalg.vector_norm(model.get_submodule(path).base.row_norms()).item()
+        norms[path] = float(f"{update_norm(*method.plain()) / weight:.4g}")
+    return norms
+
+
 def _verdict(job: Job) -> list[str]:
     """What a user should know about how the run ended."""
     notes = []
     if job.stopped_early:
-        notes.append(f"stopped early at step {job.step} of {job.total}: no better validation loss since step {job.best_step}")
+        notes.append(
+            f"stopped early at step {job.step} of {job.total}: no better validation loss since step {job.best_step}"
+        )
     if job.best_P is not None and job.best_step < job.step:
-        notes.append(f"kept the adapter of step {job.best_step}, validation loss {job.best_loss:.4f}; later steps were worse")
+        notes.append(
+            f"kept the adapter of step {job.best_step}, validation loss {job.best_loss:.4f}; later steps were worse"
+        )
     if job.best_P is not None and job.best_step == 0:
-        notes.append("validation never got better than the untrained adapter: this adapter does nothing. Look at the data or the learning rate")
+        notes.append(
+            "validation never beat the untrained adapter: this one does nothing. Look at the data and the learning rate"
+        )
     return notes
 
 
