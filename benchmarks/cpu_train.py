@@ -27,7 +27,7 @@ DATA = record.ROOT / os.environ.get("VENEER_DATA", "../shared/data") / "e2e_nlg"
 WARM_UP = 2  # steps left out of tokens/s: compiling, first touch of memory
 TRIAL_STEPS = 6
 LAST = 5  # losses averaged as the final loss
-SAME_WORK = 0.02  # nats a token: bf16 rounds the first loss, about 2.3, by up to 0.005; other rows change it by 0.1
+SAME_WORK = 0.02  # nats a token: bf16 moves the first loss, about 2.1, by up to 0.01; other rows move it by 0.1
 
 Figures = dict[str, Any]
 
@@ -222,12 +222,21 @@ def main() -> None:
         _benchmark(options.rounds, options.steps)
 
 
+def _load() -> float:
+    """Processes that wanted a core in the last minute; OpenMP threads that must share one lose far more than half."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"the machine is busy (load {load:.1f}): these figures will not be fit to quote", file=sys.stderr)
+    return load
+
+
 def _benchmark(rounds: int, steps: int) -> None:
+    load = _load()
     with tempfile.TemporaryDirectory(prefix="veneer-bench-") as folder:
         prepare = ["prepare", folder, "--data", str(DATA.resolve()), "--steps", str(steps)]
         command = [sys.executable, "-m", "benchmarks.peers_cpu", *prepare]
         subprocess.run(command, cwd=record.ROOT, env=_environment(), check=True)
-        result = compare(Path(folder), rounds, steps)
+        result = {"load_before": load} | compare(Path(folder), rounds, steps)
     path = record.save("cpu_train", result)
     print(table(result))
     print(f"written to {path.relative_to(record.ROOT)}")

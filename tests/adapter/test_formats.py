@@ -130,7 +130,10 @@ def test_folder_to_adapter_to_folder_to_peft(pico, tmp_path):
     torch.testing.assert_close(again(ids_BT).logits, wrapped(ids_BT).logits, rtol=0, atol=1e-5)
 
 
-names = st.lists(st.sampled_from(["model", "layers", "vision", "0", "1", "11", "a", "b", "a_b", "a-b", "q", "q_proj"]), min_size=1, max_size=4)  # fmt: skip
+PARTS = ["model", "layers", "vision", "0", "1", "11", "a", "b", "a_b", "a-b", "q", "q_proj"]
+PATTERNS = ["q", "q_proj", "1.q", r"layers\.1\..*", "^model.*q", "(a_b|q)", "layers.[01].q", "1", ".*"]
+BOMBS = ["(a+)+b", "(a|a)*b", "(a|aa)+$", "(.*)*x", "a?" * 40 + "a" * 40, ".*" * 12 + "b", "((a{1,9}){1,9}){1,9}b"]
+names = st.lists(st.sampled_from(PARTS), min_size=1, max_size=4)
 
 
 @example({"layers.1.q": 1, "vision.layers.1.q": 2, "layers.11.q": 3, "a.b": 4, "a_b": 5})
@@ -145,34 +148,30 @@ def test_peft_resolves_every_rank_that_we_write(ranks):
 
 @given(
     st.lists(names.map(".".join), min_size=1, max_size=8, unique=True),
-    st.dictionaries(
-        st.sampled_from(["q", "q_proj", "1.q", r"layers\.1\..*", "^model.*q", "(a_b|q)", "layers.[01].q", "1", ".*"]),
-        st.integers(),
-        max_size=5,
-    ),  # fmt: skip
+    st.dictionaries(st.sampled_from(PATTERNS), st.integers(), max_size=5),
 )
 def test_patterns_are_resolved_as_peft_resolves_them(modules, patterns):
     wanted = {module: patterns.get(get_pattern_key(patterns.keys(), module), "usual") for module in modules}
     assert resolve(patterns, modules, "usual") == wanted
 
 
-@pytest.mark.parametrize("bomb", ["(a+)+b", "(a|a)*b", "(a|aa)+$", "(.*)*x", "a?" * 40 + "a" * 40, ".*" * 12 + "b", "((a{1,9}){1,9}){1,9}b", "("])  # fmt: skip
+@pytest.mark.parametrize("bomb", [*BOMBS, "("])
 def test_a_pattern_that_would_hang_is_refused_at_once(bomb):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TooCostly):
         resolve({bomb: 1}, ["a" * 40], 2)
     with pytest.raises(TooCostly):
         named(bomb, ["a" * 40])
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_many_uneven_ranks_are_written_and_read_quickly():
     ranks = {
         f"model.layers.{n}.{kind}": 1 + (n * 7 + len(kind)) % 64 for n in range(200) for kind in ("q", "kk", "vvv")
     }
-    start = time.perf_counter()
+    start = time.process_time()
     assert peft_config.scales(peft_config.written(ranks, None), ranks, []) == dict.fromkeys(ranks, 1.0)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_equal_factors_are_equal_bytes_in_any_order(pico, adapter_for):
@@ -288,7 +287,8 @@ def test_configs_that_mean_more_than_lora_are_refused_by_name(folder, changes, w
 
 def test_settings_that_are_off_or_only_about_training_are_accepted(folder):
     before = Adapter.load(folder).identity
-    edit_config(folder, use_something_new=False, other_new=None, more_new={}, auto_mapping={"base_model_class": "X"}, task_type=None, lora_dropout=0.5)  # fmt: skip
+    edit_config(folder, use_something_new=False, other_new=None, more_new={}, lora_dropout=0.5, task_type=None)
+    edit_config(folder, auto_mapping={"base_model_class": "X", "parent_library": "os"})
     assert Adapter.load(folder).identity == before
 
 

@@ -66,8 +66,8 @@ def test_the_right_base_passes_without_a_word(home):
     assert check_base(adapter, model, print_) == []
 
 
-def test_storage_is_no_difference(home, tmp_path, pico):
-    model, print_, adapter = home
+def test_storage_is_no_difference(home):
+    model, _, adapter = home
     narrow = type(model).from_pretrained(model.name_or_path, dtype=torch.bfloat16)
     assert check_base(adapter, narrow, dataclasses.replace(fingerprint.of(narrow), **TOKENS)) == []
 
@@ -81,7 +81,7 @@ def test_same_architecture_other_weights(home, saved):
 
 
 def test_one_weight_changed_on_disk(home, tmp_path):
-    model, print_, adapter = home
+    model, _, adapter = home
     with torch.no_grad():
         model.model.norm.weight[3] += 0.5
     model.save_pretrained(tmp_path / "tuned")

@@ -73,7 +73,8 @@ def model(stub: Stub) -> Model:
     class Adapter:
         def __init__(self, folder: str) -> None:
             self.folder = folder
-            self.card = types.SimpleNamespace(base_name=None if "nameless" in folder else "smollm2")
+            training = {"options": {"system_prompt": "as trained"}} if "prompted" in folder else {}
+            self.card = types.SimpleNamespace(base_name=None if "nameless" in folder else "smollm2", training=training)
 
         load = classmethod(lambda cls, folder: cls(folder))
 

@@ -46,6 +46,12 @@ def test_system_prompt(chat: Any, model: Any) -> None:
     assert systems == [["start"], ["be brief"], []]
 
 
+def test_the_system_prompt_of_the_training_is_the_default(chat: Any, model: Any) -> None:
+    chat("a", "/base", "b", "/use x", "/system other", "c", "/system", "d", words=("x=out/prompted",))
+    systems = [[m["content"] for m in asked["messages"] if m["role"] == "system"] for asked in model.asked]
+    assert systems == [["as trained"], [], ["other"], ["as trained"]]
+
+
 def test_adapters_are_listed_and_the_speaker_marked(chat: Any) -> None:
     answer = chat("/use short", "/adapters")
     assert answer.out == ""

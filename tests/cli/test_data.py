@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture
 def rows(tmp_path: Path, stub: Any) -> Path:
     def encode_rows(rows: list[Any], template: Any, max_length: int, path: str) -> Any:
-        return SimpleNamespace(rows=len(rows), max_length=max_length, system=template.system, notes=("a note",))
+        return SimpleNamespace(rows=len(rows), max_length=max_length, system=template.system)
 
     def template(tokenizer: str, system_prompt: str | None) -> Any:
         return SimpleNamespace(system=system_prompt)
@@ -32,7 +32,7 @@ def rows(tmp_path: Path, stub: Any) -> Path:
 
 def test_preview(veneer: Any, rows: Path) -> None:
     answer = veneer("data", "preview", rows, "--base-model", "smollm2", "--n", "2")
-    assert (answer.code, answer.out, answer.err) == (0, "2 of 1 rows by the tokenizer of smollm2\n", "note: a note\n")
+    assert (answer.code, answer.out, answer.err) == (0, "2 of 1 rows by the tokenizer of smollm2\n", "")
 
 
 def test_json_is_the_summary(veneer: Any, rows: Path) -> None:

@@ -43,6 +43,13 @@ def test_json_keeps_what_libraries_print_apart(veneer: Any, model: Any) -> None:
     assert model.asked[0]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
+def test_the_system_prompt_of_the_training_is_the_default(veneer: Any, model: Any) -> None:
+    answer = veneer("generate", "hello", "--adapter", "out/prompted")
+    veneer("generate", "hello", "--adapter", "out/prompted", "--system", "other")
+    assert [asked["messages"][0]["content"] for asked in model.asked] == ["as trained", "other"]
+    assert "trained with the system prompt: as trained" in answer.err
+
+
 def test_several_answers_differ_by_their_seed(veneer: Any, model: Any) -> None:
     words = (
         "generate",

@@ -42,7 +42,9 @@ def test_help_lists_every_verb_and_imports_nothing() -> None:
     assert not imported("--help") & {*HEAVY, "pydantic"}
 
 
-@pytest.mark.parametrize("words", [("train",), ("eval",), ("generate",), ("chat",), ("merge",), ("data", "preview")])
+@pytest.mark.parametrize(
+    "words", [("train",), ("eval",), ("generate",), ("chat",), ("merge",), ("demo",), ("data", "preview")]
+)
 def test_help_of_a_verb_imports_nothing_heavy(words: tuple[str, ...]) -> None:
     assert not imported(*words, "--help") & set(HEAVY)
 
@@ -139,19 +141,21 @@ def test_a_verb_that_prints_does_not_spoil_the_results(veneer: Any, verb: Any) -
     assert answer.code == 0
 
 
-def test_a_reader_that_leaves_is_no_bug() -> None:
+@pytest.mark.parametrize("lines", [50, 100_000])
+def test_a_reader_that_leaves_is_no_bug(lines: int) -> None:
     code = (
         "import sys, types\n"
         "from veneer.cli import __main__, output\n"
-        "run = lambda argv: [print('x' * 99, file=output.results()) for _ in range(10**5)] and None\n"
+        "run = lambda argv: [print('x' * 99, file=output.results()) for _ in range(int(sys.argv[1]))] and None\n"
         "sys.modules['talker'] = types.SimpleNamespace(run=run)\n"
         "__main__.VERBS['talk'] = ('talker:run', '')\n"
         "sys.exit(__main__.main(['talk']))\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talker:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as talker:
         assert talker.stdout is not None
         assert talker.stderr is not None
-        talker.stdout.readline()
         talker.stdout.close()
         assert talker.stderr.read() == b""
     assert talker.returncode == 141

@@ -68,7 +68,7 @@ def test_facts_open_objects_and_lists_of_objects(capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     lines = [line.split() for line in out.splitlines()]
     assert ["train", "seconds", "12.35"] in lines
-    assert ["loss", "eval", "-"] in lines
+    assert ["eval", "-"] in lines
     assert ["q_proj", "1e-07", "-"] in lines
     assert ["v_proj", "-", "2"] in lines
     assert err == "note: kept short\n"

@@ -43,6 +43,11 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     assert read_yaml(path) == options
 
 
+@pytest.mark.parametrize("text", ["1e5", "2E-4", "true", "12", "null", "a\x85b", "\u00e9\u4e2d", "- x", "a: b", "#"])
+def test_text_stays_text(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, dump_yaml({"a": text})) == {"a": text}
+
+
 def test_a_whole_run_is_written_and_read(tmp_path: Path) -> None:
     config = RunConfig.from_flat(
         {

@@ -36,6 +36,6 @@ def test_shared_options_stay_in_the_group_that_declares_them() -> None:
     assert options_of(GenerateSettings)["top_p"].group == "Decoding"
 
 
-def test_an_alias_that_is_an_option_here_stays_one() -> None:
+def test_one_word_is_an_alias_here_and_an_option_there() -> None:
     assert "batch_size" in options_of(RunConfig)["per_device_train_batch_size"].aliases
     assert "batch_size" in options_of(EvalSettings)

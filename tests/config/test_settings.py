@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veneer.config import ALIASES, DataSettings, LoraSettings, RunConfig, options_of
@@ -41,6 +41,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # thirteen options at once, on a busy machine
 @given(OPTIONS)
 def test_flat_options_survive_the_round_trip(options: dict[str, Any]) -> None:
     config = RunConfig.from_flat({**GIVEN, **options})
@@ -62,10 +63,10 @@ def test_flat_options_reach_their_section() -> None:
     )
 
 
-@pytest.mark.parametrize("settings", ALL)
-def test_no_option_hides_another(settings: Any) -> None:
+@pytest.mark.parametrize("verb", ALL)
+def test_no_option_hides_another(verb: Any) -> None:
     """Section names are no options, every field is one, and no alias is an option or stands for two."""
-    options = options_of(settings)
+    options = options_of(verb)
     spellings = [s for option in options.values() for s in (option.name, *option.aliases)]
     assert len(spellings) == len(set(spellings))
     assert all(option.help for option in options.values())

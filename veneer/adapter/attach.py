@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -161,7 +162,8 @@ def _module_seed(seed: int, path: str) -> int:
 
 
 def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
-    check_base(adapter, model, fingerprints.of(model))
+    for note in check_base(adapter, model, fingerprints.of(model)):
+        warnings.warn(note, UserWarning, stacklevel=4)
     dropout = float(adapter.card.settings.get("lora_dropout", 0.0))
     made: dict[str, Method] = {}
     for path in adapter.modules():

@@ -149,7 +149,8 @@ class Adapter:
 
         With a card, the tensors must be those that it was written for.
         """
-        path, faults = Path(folder), []
+        path = Path(folder)
+        faults: list[str] = []
         if not path.is_dir():
             wanted = "Wanted a folder with adapter_config.json and adapter_model.safetensors."
             raise AdapterError(f"{path}: {'a file' if path.exists() else 'no such folder'}. {wanted}")

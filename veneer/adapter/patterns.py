@@ -89,7 +89,8 @@ def _ways(expression: Any, longest: int) -> int:
         elif code is _codes.SUBPATTERN:
             ways *= _ways(argument[-1], longest)
         elif code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
-            ways *= _ways_of_repeat(*argument, longest)
+            low, high, body = argument
+            ways *= _ways_of_repeat(low, int(high), body, longest)
         else:
             raise re.error(f"{code} is not accepted")
         ways = min(ways, WORK + 1)  # keeps the integers small
@@ -98,8 +99,8 @@ def _ways(expression: Any, longest: int) -> int:
 
 def _ways_of_repeat(low: int, high: int, body: Any, longest: int) -> int:
     once = _ways(body, longest)
-    times = range(min(low, longest), min(int(high), longest) + 1)
-    if body.getwidth()[0] == 0 and len(times) > 1 and int(high) > 1:
+    times = range(min(low, longest), min(high, longest) + 1)
+    if body.getwidth()[0] == 0 and len(times) > 1 and high > 1:
         once += 1  # a body that may be empty
     if once > 1 and times.stop > 64:
         return WORK + 1

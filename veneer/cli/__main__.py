@@ -68,7 +68,7 @@ def _run(verb: str, words: list[str]) -> int:
     try:
         module, function = VERBS[verb][0].split(":")
         code: int | None = getattr(importlib.import_module(module), function)(words)
-        results().flush()
+        results().flush()  # here, where a reader that has gone is no bug, and not while Python exits
         return code or 0
     except VeneerError as error:
         say(f"veneer: {error}")
@@ -79,8 +79,7 @@ def _run(verb: str, words: list[str]) -> int:
         say("veneer: interrupted")
         return 130
     except BrokenPipeError:
-        _silence_stdout()
-        return 141
+        return 141  # the reader has gone (`veneer generate | head`), as a shell reports it
     except OSError as error:
         if error.errno not in _SURROUNDINGS:
             return _bug()
@@ -103,11 +102,6 @@ def _unknown_verb(word: str) -> int:
     hint = f"; did you mean {near[0]}?" if near else ""
     say(f"veneer: unknown verb {word}{hint}\nThe verbs are: {', '.join(VERBS)}.")
     return 2
-
-
-def _silence_stdout() -> None:
-    # The reader has gone (`veneer generate | head`); without this, Python complains once more while it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
 def _version() -> str:

@@ -16,7 +16,7 @@ from veneer.config import ChatSettings
 from veneer.errors import nearest
 
 if TYPE_CHECKING:
-    from veneer.model.load import Loaded
+    from veneer.cli.load import Opened
 
 BASE = "base"
 COMMAND = Command(
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         if not session.take(line, sys.stderr if parsed.json else results()):
             break
     if parsed.json:
-        print_json({"base_model": session.loaded.name, "turns": session.turns})
+        print_json({"base_model": session.opened.loaded.name, "turns": session.turns})
     return 0
 
 
@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
 class Session:
     """Who speaks, what was said. A conversation goes on when the speaker changes; /reset starts another."""
 
-    loaded: Loaded
+    opened: Opened
     settings: ChatSettings
     speaker: str = ""
     system_prompt: str | None = None
@@ -82,7 +82,7 @@ class Session:
     def who(self, _: str = "") -> str:
         names = [BASE, *self.settings.adapters]
         marked = ", ".join(f"*{name}" if name == self.speaker else name for name in names)
-        return f"{self.loaded.name}: {marked} (* speaks)"
+        return f"{self.opened.loaded.name}: {marked} (* speaks)"
 
     def reset(self, _: str = "") -> str:
         self.messages.clear()
@@ -90,7 +90,7 @@ class Session:
 
     def system(self, text: str) -> str:
         self.system_prompt = text or None
-        return f"system prompt: {text}" if text else "no system prompt"
+        return f"system prompt: {text}" if text else "the system prompt that each adapter was trained with"
 
     def help(self, _: str = "") -> str:
         return "\n".join(f"  {usage:<14} {about}" for usage, _, about in COMMANDS.values()) + "\n  /quit"
@@ -114,13 +114,13 @@ class Session:
         self.turns.append({"adapter": self.speaker, "user": text, "reply": reply})
 
     def _stream(self) -> Iterator[str]:
-        from veneer.data.chat import Conversation, Template
+        from veneer.data.chat import Conversation
         from veneer.model.generate import stream
 
-        template = Template(self.loaded.tokenizer, self.system_prompt)
-        prompt_ids = template.prompt_ids(Conversation(tuple(self.messages), (), "messages"))
-        slot = None if self.speaker == BASE else self.speaker
-        return stream(self.loaded.model, self.loaded.tokenizer, prompt_ids, slot=slot, **decoding(self.settings))
+        slot, loaded = None if self.speaker == BASE else self.speaker, self.opened.loaded
+        conversation = Conversation(tuple(self.messages), (), "messages")
+        prompt_ids = self.opened.prompt_ids(conversation, slot, self.system_prompt)
+        return stream(loaded.model, loaded.tokenizer, prompt_ids, slot=slot, **decoding(self.settings))
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Session, str], str], str]] = {
@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], str], str]] = {
     "base": ("/base", lambda session, _: session.use(BASE), "the base goes on with the conversation"),
     "adapters": ("/adapters", Session.who, "who can speak"),
     "reset": ("/reset", Session.reset, "forget what was said"),
-    "system": ("/system TEXT", Session.system, "set the system prompt; without TEXT: none"),
+    "system": ("/system TEXT", Session.system, "set the system prompt; without TEXT: each adapter's own"),
     "help": ("/help", Session.help, "this list"),
 }
 """Command -> (usage, what it does, one line about it). Each returns what to say."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.cli.output import print_json, results, say
+from veneer.cli.output import print_json, results
 from veneer.cli.parse import Command, parse
 from veneer.config import PreviewSettings
 from veneer.errors import ConfigError
@@ -39,8 +39,6 @@ def _preview(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(settings.base_model)
     template = Template(tokenizer, settings.system_prompt)
     encoded = encode_rows(rows, template, settings.max_length, settings.dataset)
-    for note in encoded.notes:
-        say(f"note: {note}")
     if parsed.json:
         print_json(summary(encoded))
     else:

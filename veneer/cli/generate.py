@@ -12,8 +12,8 @@ from veneer.cli.parse import Command, parse
 from veneer.config import DecodingSettings, GenerateSettings
 
 if TYPE_CHECKING:
+    from veneer.cli.load import Opened
     from veneer.data.chat import Conversation
-    from veneer.model.load import Loaded
 
 SLOT = "adapter"
 COMMAND = Command(
@@ -30,13 +30,13 @@ def run(argv: Sequence[str]) -> int:
     parsed = parse(argv, COMMAND)
     settings = parsed.settings
     conversations = _conversations(settings)
-    loaded = open_model(settings.base_model, {SLOT: settings.adapter} if settings.adapter else {}, settings.dtype)
+    opened = open_model(settings.base_model, {SLOT: settings.adapter} if settings.adapter else {}, settings.dtype)
     if settings.dataset is None and settings.num_return_sequences == 1 and not parsed.json:
-        _stream(loaded, settings, conversations[0])
+        _stream(opened, settings, conversations[0])
         return 0
-    answers = _answers(loaded, settings, conversations)
+    answers = _answers(opened, settings, conversations)
     if parsed.json:
-        print_json({"base_model": loaded.name, "adapter": settings.adapter, "answers": answers})
+        print_json({"base_model": opened.loaded.name, "adapter": settings.adapter, "answers": answers})
     for answer in () if parsed.json else answers:
         _print(answer, rows=settings.dataset is not None)
     return 0
@@ -58,28 +58,22 @@ def _conversations(settings: GenerateSettings) -> list[Conversation]:
     return [conversation(row, f"{settings.dataset}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _prompts(loaded: Loaded, settings: GenerateSettings, conversations: list[Conversation]) -> list[list[int]]:
-    from veneer.data.chat import Template
-
-    template = Template(loaded.tokenizer, settings.system_prompt)
-    return [template.prompt_ids(conversation) for conversation in conversations]
-
-
-def _stream(loaded: Loaded, settings: GenerateSettings, conversation: Conversation) -> None:
+def _stream(opened: Opened, settings: GenerateSettings, conversation: Conversation) -> None:
     from veneer.model.generate import stream
 
-    [prompt_ids] = _prompts(loaded, settings, [conversation])
-    slot = SLOT if settings.adapter else None
+    loaded, slot = opened.loaded, SLOT if settings.adapter else None
+    prompt_ids = opened.prompt_ids(conversation, slot, settings.system_prompt)
     for piece in stream(loaded.model, loaded.tokenizer, prompt_ids, slot=slot, **decoding(settings)):
         print(piece, end="", file=results(), flush=True)
     print(file=results(), flush=True)
 
 
-def _answers(loaded: Loaded, settings: GenerateSettings, conversations: list[Conversation]) -> list[dict[str, Any]]:
+def _answers(opened: Opened, settings: GenerateSettings, conversations: list[Conversation]) -> list[dict[str, Any]]:
     """One object a prompt; the answers of one prompt differ by the seed, counted up from the one given."""
     from veneer.model.generate import generate
 
-    prompts, slot = _prompts(loaded, settings, conversations), SLOT if settings.adapter else None
+    loaded, slot = opened.loaded, SLOT if settings.adapter else None
+    prompts = [opened.prompt_ids(conversation, slot, settings.system_prompt) for conversation in conversations]
     options = {**decoding(settings), "batch_size": settings.batch_size}
     runs = []
     for number in range(settings.num_return_sequences):

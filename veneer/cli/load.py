@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from veneer.cli.output import say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from veneer.data.chat import Conversation
     from veneer.model.load import Loaded
 
 
@@ -27,7 +29,23 @@ def base_of(base_model: str | None, folders: Sequence[str]) -> str:
     raise ConfigError(f"which base model? {told}; give --base-model")
 
 
-def open_model(base_model: str | None, adapters: Mapping[str, str], dtype: str) -> Loaded:
+@dataclass(frozen=True)
+class Opened:
+    """A base with its adapters attached, and the system prompt that each adapter (by slot) was trained with."""
+
+    loaded: Loaded
+    system_prompts: dict[str, str | None]
+
+    def prompt_ids(self, conversation: Conversation, slot: str | None, system_prompt: str | None) -> list[int]:
+        """What `slot` (None: the base) continues. `system_prompt` None: the one that the slot was trained with."""
+        from veneer.data.chat import Template
+
+        trained = self.system_prompts.get(slot or "")
+        template = Template(self.loaded.tokenizer, trained if system_prompt is None else system_prompt)
+        return template.prompt_ids(conversation)
+
+
+def open_model(base_model: str | None, adapters: Mapping[str, str], dtype: str) -> Opened:
     """The base with every adapter (slot name -> folder) attached."""
     from veneer.adapter.attach import attach
     from veneer.adapter.card import Adapter
@@ -37,4 +55,8 @@ def open_model(base_model: str | None, adapters: Mapping[str, str], dtype: str) 
     loaded = load(base_of(base_model, list(adapters.values())), dtype)
     for name, adapter in values.items():
         attach(loaded.model, adapter, name=name)
-    return loaded
+    prompts = {name: adapter.card.training.get("options", {}).get("system_prompt") for name, adapter in values.items()}
+    for name, prompt in prompts.items():
+        if prompt:
+            say(f"{name} was trained with the system prompt: {prompt}")
+    return Opened(loaded, prompts)

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 _results: list[IO[str]] = []
 
@@ -52,7 +52,30 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, json: bool) -> None:
-    """A table: a result for people, so on standard error where JSON is the result."""
+    """A table, numbers to the right: a result for people, so on standard error where JSON is the result."""
+    _print_table(title, columns, rows, "right", json)
+
+
+def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
+    """Facts as a table of name and value. An object or a list of objects among them is a table of its own, notes are
+    lines on standard error."""
+    inner = {name: value for name, value in facts.items() if value and (isinstance(value, Mapping) or _is_rows(value))}
+    plain = [(_words(name), value) for name, value in facts.items() if name not in inner and name != "notes"]
+    _print_table(title, ("", ""), plain, "left", json)
+    for name, value in inner.items():
+        if isinstance(value, Mapping):
+            _print_table(_words(name), ("", ""), list(value.items()), "left", json)
+        else:
+            columns = list(dict.fromkeys(key for row in value for key in row))
+            rows = [[row.get(key) for key in columns] for row in value]
+            print_table(_words(name), [_words(key) for key in columns], rows, json=json)
+    for note in facts.get("notes") or ():
+        say(f"note: {note}")
+
+
+def _print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], justify: Literal["left", "right"], json: bool
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -61,24 +84,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     # Text, not str: in a str, rich reads [name] as markup.
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
     for place, column in enumerate(columns):
-        table.add_column(Text(column), overflow="fold", justify="left" if place == 0 else "right")
+        table.add_column(Text(column), overflow="fold", justify="left" if place == 0 else justify)
     for row in rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
     Console(file=sys.stderr if json else results(), highlight=False).print(table)
-
-
-def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
-    """Facts as a table of name and value; a list of objects among them as a table of its own, notes as lines."""
-    tables = {name: value for name, value in facts.items() if _is_rows(value)}
-    notes = facts.get("notes") or ()
-    plain = [(_words(name), v) for name, v in _flat(facts) if name not in tables and name != "notes"]
-    print_table(title, ("", ""), plain, json=json)
-    for name, rows in tables.items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        body = [[row.get(key) for key in columns] for row in rows]
-        print_table(_words(name), [_words(key) for key in columns], body, json=json)
-    for note in notes:
-        say(f"note: {note}")
 
 
 def shown(value: Any) -> str:
@@ -92,14 +101,6 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={shown(v)}" for key, v in value.items())
     return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            yield from ((f"{name} {inner}", v) for inner, v in _flat(value))
-        else:
-            yield name, value
 
 
 def _is_rows(value: Any) -> bool:

@@ -39,8 +39,7 @@ class Option:
 def options_of(settings: type[BaseModel]) -> dict[str, Option]:
     """Name -> option, in the order of declaration, sections opened."""
     found = list(_walk(settings, ()))
-    names = {path[-1] for path, _, _ in found}
-    return {path[-1]: _option(path, field, group, names) for path, field, group in found}
+    return {path[-1]: _option(path, field, group) for path, field, group in found}
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -64,9 +63,9 @@ def _group(settings: type[BaseModel], name: str) -> str:
     return str(getattr(owner, "group", owner.__name__))
 
 
-def _option(path: tuple[str, ...], field: FieldInfo, group: str, names: set[str]) -> Option:
+def _option(path: tuple[str, ...], field: FieldInfo, group: str) -> Option:
     name = path[-1]
-    aliases = tuple(alias for alias, targets in ALIASES.items() if name in targets and alias not in names)
+    aliases = tuple(alias for alias, targets in ALIASES.items() if name in targets)
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     kind = kind_of(field)
     metavar = next((m.text for m in field.metadata if isinstance(m, Metavar)), None) or _metavar(field.annotation)

@@ -103,7 +103,9 @@ class GenerateSettings(DecodingSettings, BaseSettings):
     dataset: File | None = Field(default=None, description="answer every row of a .jsonl file instead")
     limit: Positive | None = Field(default=None, description="only the first N rows of the dataset")
     adapter: Folder | None = Field(default=None, description="adapter folder; default: the base alone")
-    system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")
+    system_prompt: Text | None = Field(
+        default=None, description="put before every conversation that has none; default: as the adapter was trained"
+    )
     num_return_sequences: Positive = Field(default=1, description="answers to a prompt")
     batch_size: Positive = Field(default=16, description="prompts answered together")
 
@@ -125,7 +127,9 @@ class ChatSettings(DecodingSettings, BaseSettings):
     adapters: NamedFolders = Field(
         default={}, description="adapters to switch between, each under a name; the first speaks first"
     )
-    system_prompt: Text | None = Field(default=None, description="put before the conversation")
+    system_prompt: Text | None = Field(
+        default=None, description="put before the conversation; default: as each adapter was trained"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> ChatSettings:

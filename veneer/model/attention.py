@@ -9,7 +9,8 @@ CUDA in half precision: one varlen flash kernel over the whole stream; in float3
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,132 +61,190 @@ def _repeated(x_KTD: Tensor, q_HTD: Tensor) -> Tensor:
 
 
 def _segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
-    plan = stream.plans.get("attention") or stream.plans.setdefault("attention", _plan(stream))
-    out_THD = q_HTD.new_empty(q_HTD.shape[1], q_HTD.shape[0], q_HTD.shape[2])
-    if plan.flash or len(plan.buckets) > 1:
-        parts = [(bucket.rows, _bucket(q_HTD, k_KTD, v_KTD, bucket, scale)) for bucket in plan.buckets]
-        parts += [(rows, _flash(q_HTD, k_KTD, v_KTD, rows, scale)) for rows in plan.flash]
-        order = torch.cat([rows for rows, _ in parts])
-        return out_THD.index_copy(0, order, torch.cat([part for _, part in parts]))
-    return _bucket(q_HTD, k_KTD, v_KTD, plan.buckets[0], scale)
+    kv_heads = k_KTD.shape[0]
+    buckets = stream.plans.get(kv_heads) or stream.plans.setdefault(kv_heads, Buckets(stream, kv_heads))
+    if buckets.rows:
+        out_THD = _BucketAttention.apply(q_HTD, k_KTD, v_KTD, buckets, scale)
+    else:
+        out_THD = torch.zeros_like(q_HTD.transpose(0, 1))
+    for segment in buckets.long:
+        out_THD = out_THD.index_copy(0, segment, _flash(q_HTD, k_KTD, v_KTD, segment, scale))
+    return out_THD
 
 
-class Bucket(NamedTuple):
-    """Segments of like length, N of them, each padded to L: gathers both ways, never a scatter."""
-
-    rows: Tensor  # the stream's rows of these segments, in order
-    padded_NL: Tensor  # row of the stream for each padded place (the segment's last row repeated)
-    places: Tensor  # place in N·L of each entry of `rows`
-    masked_LL: Tensor  # True where the key comes after the query
-
-
-class Plan(NamedTuple):
-    buckets: list[Bucket]
-    flash: list[Tensor]
-
-
-def _plan(stream: Stream) -> Plan:
-    """Short segments in buckets whose members are at least 3/5 of the longest; long ones alone."""
-    short = sorted((i for i, n in enumerate(stream.lengths) if n <= SHORT), key=lambda i: -stream.lengths[i])
-    groups: list[list[int]] = []
-    for index in short:
-        if groups and stream.lengths[index] * 5 >= stream.lengths[groups[-1][0]] * 3:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    flash = [_rows(stream, [i]) for i, n in enumerate(stream.lengths) if n > SHORT]
-    return Plan([_make_bucket(stream, sorted(group)) for group in groups], flash)
-
-
-def _rows(stream: Stream, segments: list[int]) -> Tensor:
-    rows = torch.cat([torch.arange(stream.starts[i], stream.starts[i + 1]) for i in segments])
-    return rows.to(stream.token_ids_T.device)
-
-
-def _make_bucket(stream: Stream, segments: list[int]) -> Bucket:
-    longest = max(stream.lengths[i] for i in segments)
-    steps = torch.arange(longest)
-    padded = torch.stack([stream.starts[i] + steps.clamp(max=stream.lengths[i] - 1) for i in segments])
-    places = torch.cat([n * longest + torch.arange(stream.lengths[i]) for n, i in enumerate(segments)])
-    masked = torch.ones(longest, longest, dtype=torch.bool).triu(1)
-    device = stream.token_ids_T.device
-    return Bucket(_rows(stream, segments), padded.to(device), places.to(device), masked.to(device))
-
-
-def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, rows: Tensor, scale: float) -> Tensor:
-    start, stop = int(rows[0]), int(rows[-1]) + 1
-    q, k, v = (x[None, :, start:stop] for x in (q_HTD, _repeated(k_KTD, q_HTD), _repeated(v_KTD, q_HTD)))
+def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, segment: Tensor, scale: float) -> Tensor:
+    rows = slice(int(segment[0]), int(segment[-1]) + 1)
+    q, k, v = (x[None, :, rows] for x in (q_HTD, _repeated(k_KTD, q_HTD), _repeated(v_KTD, q_HTD)))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
 
 
-def _bucket(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, bucket: Bucket, scale: float) -> Tensor:
-    return _BucketAttention.apply(q_HTD, k_KTD, v_KTD, bucket, scale)
+class Buckets:
+    """How the segments of a stream are gathered for batched products: row numbers, worked out once a stream.
+
+    A bucket is N segments of like length, each padded to L by repeating its last row. Padding comes after every real
+    token, so no real query sees it, and what it computes is never read. Every move between the stream and a bucket's
+    (K, N, G, L, D) is one gather of rows of head size D, forward and backward, whether the stream's tensor lies by
+    head (H, T, D) or by token (T, H, D).
+    """
+
+    def __init__(self, stream: Stream, kv_heads: int) -> None:
+        self.tokens, self.kv_heads, self.device = len(stream.token_ids_T), kv_heads, stream.token_ids_T.device
+        groups = _like_lengths([i for i, n in enumerate(stream.lengths) if n <= SHORT], stream.lengths)
+        self.rows = [_padded(stream, group) for group in groups]  # (N, L) each
+        self.real = [_real(stream, group) for group in groups]  # (N, L) each: False at padding
+        self.shapes = [tuple(rows.shape) for rows in self.rows]
+        long = [i for i, n in enumerate(stream.lengths) if n > SHORT]
+        self.long = [torch.arange(*stream.starts[i : i + 2], device=self.device) for i in long]
+        self._known: dict[tuple[str, int, bool], list[Tensor]] = {}
+
+    def gathers(self, heads: int, by_token: bool) -> list[Tensor]:
+        """For each bucket: the rows of a flat (H · T, D) or (T · H, D) tensor in the order (K, N, G, L)."""
+        return self._once("gather", heads, by_token, self._gathers)
+
+    def back(self, heads: int, by_token: bool) -> Tensor:
+        """For each (head, token) or (token, head): its row among all buckets' (K, N, G, L); 0 for long segments."""
+        return self._once("back", heads, by_token, self._back)[0]
+
+    def later(self, heads: int) -> list[Tensor]:
+        """For each bucket (G · L, L): -inf where the key comes after the query, else 0."""
+        return self._once("later", heads, False, self._later)
+
+    def padding(self, heads: int) -> list[Tensor]:
+        """For each bucket: the rows of (K, N, G, L) that are padding."""
+        return self._once("padding", heads, False, self._padding)
+
+    def _once(self, what: str, heads: int, by_token: bool, make: Callable[[int, bool], list[Tensor]]) -> list[Tensor]:
+        key = (what, heads, by_token)
+        if key not in self._known:
+            self._known[key] = [index.to(self.device) for index in make(heads, by_token)]
+        return self._known[key]
+
+    def _gathers(self, heads: int, by_token: bool) -> list[Tensor]:
+        flat = torch.arange(heads * self.tokens)
+        ids_HT = flat.view(self.tokens, heads).t() if by_token else flat.view(heads, self.tokens)
+        return [self._ordered(ids_HT[:, rows_NL]) for rows_NL in self.rows]
+
+    def _back(self, heads: int, by_token: bool) -> list[Tensor]:
+        places = torch.zeros(heads * self.tokens, dtype=torch.int64)
+        start = 0
+        for index, real_NL in zip(self._gathers(heads, by_token), self.real, strict=True):
+            kept = self._ordered(real_NL.expand(heads, *real_NL.shape))
+            places[index[kept]] = start + torch.arange(len(index))[kept]
+            start += len(index)
+        return [places]
+
+    def _later(self, heads: int, by_token: bool) -> list[Tensor]:
+        groups = heads // self.kv_heads
+        return [torch.full((n, n), -torch.inf).triu(1).repeat(groups, 1) for _, n in self.shapes]
+
+    def _padding(self, heads: int, by_token: bool) -> list[Tensor]:
+        ordered = [self._ordered(real_NL.expand(heads, *real_NL.shape)) for real_NL in self.real]
+        return [(~real).nonzero().squeeze(1) for real in ordered]
+
+    def _ordered(self, x_HNL: Tensor) -> Tensor:
+        """(H, N, L) -> flat (K, N, G, L)."""
+        heads, n, length = x_HNL.shape
+        return x_HNL.reshape(self.kv_heads, heads // self.kv_heads, n, length).transpose(1, 2).reshape(-1)
+
+
+def _like_lengths(segments: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Groups whose members are at least 3/5 of their longest."""
+    groups: list[list[int]] = []
+    for index in sorted(segments, key=lambda i: -lengths[i]):
+        if groups and lengths[index] * 5 >= lengths[groups[-1][0]] * 3:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _padded(stream: Stream, group: Sequence[int]) -> Tensor:
+    steps = torch.arange(stream.lengths[group[0]])
+    return torch.stack([stream.starts[i] + steps.clamp(max=stream.lengths[i] - 1) for i in group])
+
+
+def _real(stream: Stream, group: Sequence[int]) -> Tensor:
+    steps = torch.arange(stream.lengths[group[0]])
+    return torch.stack([steps < stream.lengths[i] for i in group])
 
 
 class _BucketAttention(torch.autograd.Function):
-    """Causal attention of one bucket: (H, T, D), (K, T, D), (K, T, D) -> rows of the bucket (·, H, D).
+    """Causal attention of all short segments: (H, T, D), (K, T, D), (K, T, D) -> (T, H, D).
 
-    Padding sits after each segment's last token and repeats it, so a real query never sees it (causality), and what a
-    padded query computes is never read. Query heads of one key head are stacked, so keys are not repeated.
+    Query heads that share a key head are stacked, so keys are not repeated. Rows of long segments come out undefined,
+    with gradient zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, bucket: Bucket, scale: float) -> Tensor:
-        q, k, v = (
-            _gather(q_HTD, k_KTD.shape[0], bucket),
-            _gather(k_KTD, k_KTD.shape[0], bucket),
-            _gather(v_KTD, k_KTD.shape[0], bucket),
-        )
-        groups = q.shape[1] // k.shape[1]
-        # Scores in float32: rounded to bfloat16 they would be off by 1/256 of their size before the exponential.
-        scores = torch.bmm(q.float() * scale, k.float().transpose(1, 2))
-        scores.view(-1, groups, *bucket.masked_LL.shape).masked_fill_(bucket.masked_LL, float("-inf"))
-        probs = torch.softmax(scores, -1).to(q.dtype)
-        ctx.save_for_backward(q, k, v, probs)
-        ctx.bucket, ctx.scale, ctx.shapes = bucket, scale, (q_HTD.shape, k_KTD.shape)
-        return _ungather(torch.bmm(probs, v), q_HTD.shape, bucket)
+    def forward(ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, buckets: Buckets, scale: float) -> Tensor:
+        saved, outs = [], []
+        gathered = (_gathered(x, buckets) for x in (q_HTD, k_KTD, v_KTD))
+        masks = buckets.later(q_HTD.shape[0])
+        for q, k, v, later_XL in zip(*gathered, masks, strict=True):
+            # Scores in float32: rounded to bfloat16 they would be off by 1/256 of their size before the exponential.
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores = torch.baddbmm(later_XL.to(wide), q.to(wide), k.to(wide).transpose(1, 2), alpha=scale)
+            probs = torch.softmax(scores, -1).to(q.dtype)
+            out = torch.bmm(probs, v)
+            outs.append(out.view(-1, q.shape[-1]))
+            saved += [q, k, v, probs, out]
+        ctx.save_for_backward(*saved)
+        ctx.buckets, ctx.scale, ctx.heads = buckets, scale, (q_HTD.shape[0], k_KTD.shape[0], k_KTD.shape[0])
+        ctx.by_token = [_lies_by_token(x) for x in (q_HTD, k_KTD, v_KTD)]
+        return _returned(outs, buckets, q_HTD.shape[0], by_token=True)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        q, k, v, probs = ctx.saved_tensors
-        bucket, (q_shape, k_shape) = ctx.bucket, ctx.shapes
-        g = _regather(g, k_shape[0], bucket)
-        dv = torch.bmm(probs.transpose(1, 2), g)
-        dp = torch.bmm(g, v.transpose(1, 2)).float()
-        ds = torch._softmax_backward_data(dp, probs.float(), -1, torch.float32).mul_(ctx.scale).to(q.dtype)
-        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return *(_full(x, shape, bucket) for x, shape in ((dq, q_shape), (dk, k_shape), (dv, k_shape))), None, None
+    def backward(ctx: Any, g_THD: Tensor) -> tuple[Any, ...]:
+        buckets: Buckets = ctx.buckets
+        gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        gs = _gathered(g_THD.transpose(0, 1), buckets)
+        for i, (g, padding) in enumerate(zip(gs, buckets.padding(g_THD.shape[1]), strict=True)):
+            q, k, v, probs, out = ctx.saved_tensors[5 * i : 5 * i + 5]
+            g.view(-1, g.shape[-1]).index_fill_(0, padding, 0.0)
+            # Softmax backward, P ∘ (dP - rowsum(P ∘ dP)), where the row sum is g · out: D products instead of L.
+            minus = torch.linalg.vecdot(g, out).neg_().unsqueeze(-1)
+            ds = torch.baddbmm(minus, g, v.transpose(1, 2)).mul_(probs)
+            dq, dk = _scaled_bmm(ds, k, ctx.scale), _scaled_bmm(ds.transpose(1, 2), q, ctx.scale)
+            for into, gradient in zip(gradients, (dq, dk, torch.bmm(probs.transpose(1, 2), g)), strict=True):
+                into.append(gradient.view(-1, g.shape[-1]))
+        back = (
+            _returned(parts, buckets, heads, by_token)
+            for parts, heads, by_token in zip(gradients, ctx.heads, ctx.by_token, strict=True)
+        )
+        return (
+            *(x.transpose(0, 1) if by_token else x for x, by_token in zip(back, ctx.by_token, strict=True)),
+            None,
+            None,
+        )
 
 
-def _gather(x_HTD: Tensor, kv_heads: int, bucket: Bucket) -> Tensor:
-    """(H, T, D) -> (N·K, G·L, D)."""
-    (heads, _, size), (n, length) = x_HTD.shape, bucket.padded_NL.shape
-    x = x_HTD.transpose(0, 1)[bucket.padded_NL.view(-1)].view(n, length, heads, size)
-    return x.transpose(1, 2).reshape(n * kv_heads, (heads // kv_heads) * length, size)
+def _scaled_bmm(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(x.new_empty(1), x, y, beta=0, alpha=scale)
 
 
-def _ungather(x: Tensor, q_shape: torch.Size, bucket: Bucket) -> Tensor:
-    """(N·K, G·L, D) -> the bucket's rows (·, H, D)."""
-    n, length = bucket.padded_NL.shape
-    x = x.view(n, q_shape[0], length, q_shape[2]).transpose(1, 2).reshape(n * length, q_shape[0], q_shape[2])
-    return x[bucket.places]
+def _lies_by_token(x_HTD: Tensor) -> bool:
+    return not x_HTD.is_contiguous()
 
 
-def _regather(g: Tensor, kv_heads: int, bucket: Bucket) -> Tensor:
-    """Gradient of `_ungather`: zero at the padding."""
-    n, length = bucket.padded_NL.shape
-    heads, size = g.shape[1:]
-    padded = g.new_zeros(n * length, heads, size).index_copy_(0, bucket.places, g)
-    return padded.view(n, length, heads, size).transpose(1, 2).reshape(n * kv_heads, (heads // kv_heads) * length, size)
+def _gathered(x_HTD: Tensor, buckets: Buckets) -> list[Tensor]:
+    """(H, T, D) -> for each bucket (K · N, G · L, D)."""
+    heads, _, size = x_HTD.shape
+    by_token = _lies_by_token(x_HTD)
+    flat = (x_HTD.transpose(0, 1) if by_token else x_HTD).reshape(-1, size)
+    rows = buckets.gathers(heads, by_token)
+    return [
+        flat.index_select(0, index).view(buckets.kv_heads * n, -1, size)
+        for index, (n, _) in zip(rows, buckets.shapes, strict=True)
+    ]
 
 
-def _full(x: Tensor, shape: torch.Size, bucket: Bucket) -> Tensor:
-    """Gradient of `_gather`: the padding's share is zero, so rows are copied, not summed."""
-    heads, tokens, size = shape
-    rows = _ungather(x, shape, bucket)
-    whole = len(bucket.rows) == tokens
-    out = torch.empty_like(rows) if whole else rows.new_zeros(tokens, heads, size)
-    return out.index_copy_(0, bucket.rows, rows).transpose(0, 1)
+def _returned(parts: list[Tensor], buckets: Buckets, heads: int, by_token: bool) -> Tensor:
+    """The buckets' rows (K, N, G, L) back in the stream's order: (T, H, D) or (H, T, D); zero in long segments."""
+    rows = torch.cat(parts).index_select(0, buckets.back(heads, by_token))
+    out = rows.view(*((buckets.tokens, heads) if by_token else (heads, buckets.tokens)), -1)
+    for segment in buckets.long:
+        out.index_fill_(0 if by_token else 1, segment, 0.0)
+    return out
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

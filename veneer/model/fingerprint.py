@@ -19,7 +19,7 @@ import numpy as np
 from veneer.errors import ModelError, listed
 from veneer.model.architecture import settings_of
 from veneer.model.samples import FLOAT, Sample, positions, samples_of
-from veneer.model.sources import checkpoint_files
+from veneer.model.sources import checkpoint_files as checkpoint_files  # for the loader
 
 UNKNOWN = "unknown"
 

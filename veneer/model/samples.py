@@ -129,9 +129,9 @@ def _gguf(data: mmap.mmap) -> Iterator[tuple[str, Sample]]:
     for _ in range(n_tensors):
         name, at = _gguf_string(data, at)
         (n_dims,) = struct.unpack_from("<I", data, at)
-        *shape, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, at + 4)
+        *dims, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", data, at + 4)
         at += 4 + 8 * n_dims + 12
-        entries.append((name, tuple(reversed(shape)), GGMLQuantizationType(kind), offset))
+        entries.append((name, tuple(reversed(dims)), GGMLQuantizationType(kind), offset))
     origin = -(-at // alignment) * alignment
     for name, shape, kind, offset in entries:
         count, start = math.prod(shape), origin + offset

@@ -114,6 +114,7 @@ def _failure(job: Job, loss: float, facts: dict[str, float]) -> NonFiniteLossErr
     rate, norm = facts["learning_rate"], facts["grad_norm"]
     return NonFiniteLossError(
         f"{job.slot}: step {job.step + 1} of {job.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
-        f"rate {rate:.3g} (last finite loss {job.last_loss:.4g}; rows {rows} of the data). The adapter was not updated with "
-        f"it. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint stands."
+        f"rate {rate:.3g} (last finite loss {job.last_loss:.4g}; rows {rows} of the data). The adapter was not "
+        f"updated. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint "
+        "stands."
     )

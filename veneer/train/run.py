@@ -20,6 +20,7 @@ from veneer.errors import ConfigError
 from veneer.lowrank import norm as update_norm
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
 from veneer.train import checkpoint
+from veneer.train.allocator import keep_freed_memory
 from veneer.train.job import Job, total_steps
 from veneer.train.loop import loop
 from veneer.train.record import Recorder, machine, peak_memory_bytes
@@ -88,6 +89,7 @@ def train(
     With `resume`, goes on from the last checkpoint in output_dir, to the same bytes as an undisturbed run.
     Raises ConfigError, DataError, ModelError, CheckpointError, NonFiniteLossError; the folder is whole or untouched.
     """
+    keep_freed_memory()
     say = Console(stderr=True, highlight=False, quiet=not progress).print
     output, notes = Path(config.output_dir), []
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)

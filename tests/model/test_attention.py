@@ -1,0 +1,168 @@
+"""Attention within segments against the definition in float64, and the plan of buckets.
+
+Legend: T tokens, H query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from veneer.model import attention
+from veneer.model.attention import packed_attention
+from veneer.model.stream import Stream, pack
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=7)
+
+
+def stream_of(lengths, device="cpu") -> Stream:
+    return pack([[1] * n for n in lengths], device=device)
+
+
+def inputs(lengths, heads: int, groups: int, size: int, dtype=torch.float32, device="cpu", seed: int = 0) -> list[Tensor]:
+    """Query, key, value as a model hands them over: views with heads and tokens swapped."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, sum(lengths), n, size) for n in (heads * groups, heads, heads)]
+    made = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    return made
+
+
+def packed(q, k, v, lengths, scaling=None) -> Tensor:
+    stream = stream_of(lengths, q.device)
+    out, weights = packed_attention(None, *(x.transpose(1, 2) for x in (q, k, v)), None, scaling=scaling, veneer_stream=stream)
+    assert weights is None
+    return out
+
+
+def by_definition(q, k, v, lengths, scaling=None) -> Tensor:
+    """softmax(q k' · scale + causal) v of each segment and head alone, in float64: (1, T, H, D)."""
+    q, k, v = (x.double()[0] for x in (q, k, v))
+    scaling, groups = q.shape[-1] ** -0.5 if scaling is None else scaling, q.shape[1] // k.shape[1]
+    parts = []
+    for start, stop in zip(stream_of(lengths).starts, stream_of(lengths).starts[1:], strict=False):
+        heads = []
+        for head in range(q.shape[1]):
+            scores = q[start:stop, head] @ k[start:stop, head // groups].t() * scaling
+            scores = scores + torch.full_like(scores, float("-inf")).triu(1)
+            heads.append(scores.softmax(-1) @ v[start:stop, head // groups])
+        parts.append(torch.stack(heads, 1))
+    return torch.cat(parts)[None]
+
+
+def both(case, lengths, scaling=None):
+    """Outputs and gradients for q, k, v of the packed way and of the definition."""
+    results = []
+    for forward in (packed, by_definition):
+        leaves = [x.detach().clone().requires_grad_() for x in case]
+        out = forward(*leaves, lengths, scaling)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+        results.append([out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)])
+    return results
+
+
+@settings(max_examples=50)
+@given(
+    lengths=lengths,
+    heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    size=st.sampled_from([2, 8, 16]),
+    scaling=st.sampled_from([None, 0.5]),
+    short=st.sampled_from([0, 10, attention.SHORT]),
+)
+def test_it_is_causal_attention_within_each_segment(lengths, heads, groups, size, scaling, short):
+    """Any lengths and heads, through buckets, through the flash kernel (SHORT 0) and through both."""
+    with mock.patch.object(attention, "SHORT", short):
+        got, wanted = both(inputs(lengths, heads, groups, size), lengths, scaling)
+    for mine, theirs in zip(got, wanted, strict=True):
+        # float32: scores of size 4 are off by 4 · 2⁻²³, sums of 30 terms by a few ulp more. Seen: 2e-6.
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("short", [0, attention.SHORT])
+def test_bfloat16_is_off_by_the_rounding_of_its_values_only(short):
+    """Probabilities and results are rounded to 2⁻⁹ of their size; scores are not (they are kept in float32)."""
+    lengths = [30, 7, 1, 22]
+    case = [x.detach() for x in inputs(lengths, 2, 3, 16, torch.bfloat16)]
+    # Scores of up to 40: rounded to bfloat16 they would be off by 0.1, and the probabilities by 10 %.
+    with mock.patch.object(attention, "SHORT", short):
+        got, wanted = both(case, lengths, scaling=2.0)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.dtype == torch.bfloat16
+        # Four roundings on the longest way (probabilities, their gradient, scores' gradient, result). Seen: 3.3 · 2⁻⁹.
+        assert (mine.double() - theirs.double()).norm() < 5 * 2**-9 * theirs.double().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_same_on_cuda(dtype, groups):
+    lengths = [30, 7, 1, 22, 700]
+    case = [x.detach() for x in inputs(lengths, 2, groups, 64, dtype, "cuda")]
+    got, wanted = both(case, lengths)
+    for mine, theirs in zip(got, wanted, strict=True):
+        bound = 1e-5 if dtype == torch.float32 else 4 * 2**-9
+        assert (mine.double() - theirs.double()).norm() < bound * theirs.double().norm()
+
+
+@given(lengths=lengths, broken=st.integers(0, 6), short=st.sampled_from([0, 10, attention.SHORT]))
+def test_nan_in_one_segment_stays_there(lengths, broken, short):
+    broken %= len(lengths)
+    starts = stream_of(lengths).starts
+    rows = slice(starts[broken], starts[broken + 1])
+    with mock.patch.object(attention, "SHORT", short):
+        clean = both(inputs(lengths, 2, 2, 8), lengths)[0]
+        case = [x.detach() for x in inputs(lengths, 2, 2, 8)]
+        for tensor in case:
+            tensor[:, rows] = float("nan")
+        leaves = [x.requires_grad_() for x in case]
+        out = packed(*leaves, lengths)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+        found = [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[rows] = False
+    assert found[0][:, rows].isnan().all()
+    for mine, wanted in zip(found, clean, strict=True):
+        torch.testing.assert_close(mine[:, others], wanted[:, others])
+
+
+@given(lengths=lengths, short=st.sampled_from([0, 10, attention.SHORT]))
+def test_the_plan_holds_every_row_once_and_wastes_little(lengths, short):
+    with mock.patch.object(attention, "SHORT", short):
+        plan = attention._plan(stream_of(lengths))
+    rows = [row for part in [*(bucket.rows for bucket in plan.buckets), *plan.flash] for row in part.tolist()]
+    assert sorted(rows) == list(range(sum(lengths)))
+    assert sorted(len(rows) for rows in plan.flash) == sorted(n for n in lengths if n > short)
+    for bucket in plan.buckets:
+        count, longest = bucket.padded_NL.shape
+        assert longest <= short
+        assert 5 * len(bucket.rows) >= 3 * count * longest  # every member is at least 3/5 of the longest
+        assert torch.equal(bucket.padded_NL.view(-1)[bucket.places], bucket.rows)
+
+
+def test_the_plan_is_made_once_a_stream():
+    lengths = [5, 9]
+    q, k, v = (x.transpose(1, 2) for x in inputs(lengths, 1, 1, 4))
+    stream = stream_of(lengths)
+    with mock.patch.object(attention, "_plan", wraps=attention._plan) as plan:
+        for _ in range(3):
+            packed_attention(None, q, k, v, None, veneer_stream=stream)
+    assert plan.call_count == 1
+
+
+@pytest.mark.parametrize("setting", ["sliding_window", "softcap", "s_aux"])
+def test_what_it_does_not_know_is_refused_by_name(setting):
+    q, k, v = (x.transpose(1, 2) for x in inputs([3], 1, 1, 4))
+    with pytest.raises(NotImplementedError, match=setting):
+        packed_attention(None, q, k, v, None, veneer_stream=stream_of([3]), **{setting: 8})
+    packed_attention(None, q, k, v, None, veneer_stream=stream_of([3]), **{setting: None})
+
+
+def test_a_lost_stream_is_an_error():
+    q, k, v = (x.transpose(1, 2) for x in inputs([3], 1, 1, 4))
+    with pytest.raises(RuntimeError, match="stream was lost"):
+        packed_attention(None, q, k, v, None)
