@@ -20,7 +20,12 @@ from veneer.bases.base import Base
 # Of one product against float64 of the storage's own dense form, relative to |x| · |W|: only the sums' rounding.
 ERROR = {torch.float32: 2**-20, torch.bfloat16: 2**-7}
 
-shapes = {"outside": st.integers(1, 40), "inside": st.integers(1, 40), "tokens": st.integers(0, 9), "seed": st.integers(0, 999)}
+shapes = {
+    "outside": st.integers(1, 40),
+    "inside": st.integers(1, 40),
+    "tokens": st.integers(0, 9),
+    "seed": st.integers(0, 999),
+}
 
 
 def storage(name: str) -> type[Base]:
@@ -65,7 +70,9 @@ def test_a_result_has_the_dtype_of_what_came_in(name, stored, asked):
     assert base.matmul(x_TI).dtype == base.matmul_t(g_TO).dtype == base.linear(x_TI).dtype == asked
     w_OI = base.dense()
     wanted = x_TI.double() @ w_OI.double().t()
-    assert ((base.matmul(x_TI).double() - wanted).abs() <= 2**-6 * (x_TI.double().abs() @ w_OI.double().abs().t())).all()
+    assert (
+        (base.matmul(x_TI).double() - wanted).abs() <= 2**-6 * (x_TI.double().abs() @ w_OI.double().abs().t())
+    ).all()
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -140,7 +140,10 @@ def test_bfloat16_is_as_near_the_truth_as_the_oracle_in_bfloat16():
 
     truth = run(in_float64, case, torch.bfloat16)
     for mine, theirs, exact in zip(
-        [rounded[0], rounded[1], *rounded[2]], [plain[0], plain[1], *plain[2]], [truth[0], truth[1], *truth[2]], strict=True
+        [rounded[0], rounded[1], *rounded[2]],
+        [plain[0], plain[1], *plain[2]],
+        [truth[0], truth[1], *truth[2]],
+        strict=True,
     ):
         assert mine.dtype == torch.bfloat16
         error, bound = (mine.double() - exact.double()).norm(), (theirs.double() - exact.double()).norm()
@@ -194,7 +197,12 @@ def test_it_runs_under_autocast(dtype):
     with torch.autocast("cpu", torch.bfloat16):
         y_TO = lora_linear(x_TI, base, [Piece(1, 6, 0, 3.0)], factors)
     y_TO.float().sum().backward()
-    wanted_TO = by_delta(x_TI.detach(), Dense(nn.Parameter(base.weight.float()), nn.Parameter(base.bias.float())), [Piece(1, 6, 0, 3.0)], factors)
+    wanted_TO = by_delta(
+        x_TI.detach(),
+        Dense(nn.Parameter(base.weight.float()), nn.Parameter(base.bias.float())),
+        [Piece(1, 6, 0, 3.0)],
+        factors,
+    )
     # Sums of 6 products, each factor rounded to 2⁻⁹: 2 % of the largest is ample, a lost update is off by 100 %.
     assert (y_TO.float() - wanted_TO).abs().max() < 0.02 * wanted_TO.abs().max()
     assert factors[0][0].grad.dtype == torch.float32 and factors[0][0].grad.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
+from veneer.model import leaf
 from veneer.model.dropout import dropout_key, dropout_mask
 from veneer.model.packed import hidden_states, running, speaking
 from veneer.model.stream import pack
@@ -82,7 +84,10 @@ def step(model, sequences, slots, keys):
         hidden = hidden_states(model)
         hidden.square().sum().backward()
     grads = {
-        name: [method.a_RI.grad if method.a_RI.grad is None else method.a_RI.grad.clone() for method in methods_of(model, name).values()]
+        name: [
+            method.a_RI.grad if method.a_RI.grad is None else method.a_RI.grad.clone()
+            for method in methods_of(model, name).values()
+        ]
         for name in ("one", "two")
     }
     return hidden.detach(), grads
@@ -127,6 +132,18 @@ def test_checkpointed_layers_draw_the_same_again(model):
     got = step(model, FIRST, ["one", "one"], {"one": 11})
     assert torch.equal(got[0], wanted[0])
     assert all(torch.equal(a, b) for a, b in zip(got[1]["one"], wanted[1]["one"], strict=True))
+
+
+def test_every_module_draws_a_mask_of_its_own(model):
+    """Else the query and key layers, whose inputs are the same, would drop the same places."""
+    drawn = []
+    spy = mock.patch.object(
+        leaf, "dropout_mask", side_effect=lambda *args: drawn.append(dropout_mask(*args)) or drawn[-1]
+    )
+    with spy:
+        step(model, FIRST, ["one", "one"], {"one": 11})
+    wide = {tuple(mask.flatten().tolist()) for mask in drawn if mask.shape[1] == 32}
+    assert len(drawn) == 14 and len(wide) == 12
 
 
 def test_without_a_key_nothing_is_dropped(model):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
@@ -80,6 +80,16 @@ def test_greedy_equals_transformers_token_for_token(model, lengths, batch, slot,
     assert got == [by_transformers(model, prompt, slot, 12) for prompt in asked]
 
 
+def test_families_with_absolute_positions_are_told_where_a_row_begins(model):
+    """Rotary embeddings see differences of positions alone and would forgive counting the padding; GPT-2 would not."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=END)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = GPT2LMHeadModel(config).eval()
+    asked = prompts([2, 9, 5])
+    assert generate(other, Letters(), asked, None, 12) == [by_transformers(other, prompt, None, 12) for prompt in asked]
+
+
 def test_base_and_slot_say_different_things(model):
     asked = prompts([3, 5, 7])
     assert wiring_of(model).voice == "default"
@@ -127,7 +137,9 @@ def test_stream_says_what_generate_says(model, temperature):
     for prompt in prompts([1, 4, 9]):
         pieces = list(stream(model, Letters(), prompt, "default", 12, temperature=temperature, seed=3))
         assert all(pieces)
-        assert "".join(pieces) == generate(model, Letters(), [prompt], "default", 12, temperature=temperature, seed=3)[0]
+        assert (
+            "".join(pieces) == generate(model, Letters(), [prompt], "default", 12, temperature=temperature, seed=3)[0]
+        )
     assert len(pieces) > 1
 
 
@@ -149,7 +161,9 @@ def test_stream_never_ends_a_piece_inside_a_character(model):
         """Every token is one byte of a two-byte character."""
 
         def decode(self, ids, skip_special_tokens=False):
-            return bytes(b for i, _ in enumerate(ids) for b in ([0xC3] if i % 2 == 0 else [0xA9])).decode(errors="replace")
+            return bytes(b for i, _ in enumerate(ids) for b in ([0xC3] if i % 2 == 0 else [0xA9])).decode(
+                errors="replace"
+            )
 
     prompt = prompts([5])[0]
     assert set(stream(model, Bytes(), prompt, None, 8)) == {"é"}
@@ -203,7 +217,9 @@ def test_frequencies_are_the_models_at_that_temperature(model):
 
 
 @given(
-    logits=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12), top_p=st.floats(0.05, 0.99), extra=st.integers(0, 2)
+    logits=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=12),
+    top_p=st.floats(0.05, 0.99),
+    extra=st.integers(0, 2),
 )
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(logits, top_p, extra):
     probs = torch.tensor([logits] * (1 + extra)).softmax(-1)
@@ -226,13 +242,13 @@ def test_a_tiny_top_p_is_greedy(model):
 
 
 def test_an_unknown_slot_is_refused(model):
-    with pytest.raises(ModelError, match="nobody.*default"):
+    with pytest.raises(ModelError, match=r"nobody.*default"):
         generate(model, Letters(), prompts([3]), "nobody", 2)
 
 
 def test_an_empty_prompt_is_refused(model):
-    """There is no token whose next one could be asked for; a padding token in its place would be somebody else's prompt."""
-    with pytest.raises((ValueError, ModelError), match="empty|at least one token"):
+    """There is no token to go on from; a padding token in its place would be somebody else's prompt."""
+    with pytest.raises((ValueError, ModelError), match=r"empty|at least one token"):
         generate(model, Letters(), [[3, 4], []], None, 2)
 
 
@@ -254,7 +270,9 @@ def test_the_real_model_says_what_transformers_says(smollm2):
     """fp32, a prompt of the demo's kind; near ties could differ, so the prompts are fixed ones without."""
     model, tokenizer = smollm2
     asked = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
         for text in ("What is the capital of France?", "Name a colour.")
     ]
     got = generate(model, tokenizer, asked, None, 12)

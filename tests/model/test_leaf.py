@@ -155,9 +155,9 @@ def test_a_linear_layers_state_loads_and_slots_stay(assign):
 def test_loading_still_tells_what_is_missing_or_not_understood():
     model = nn.Sequential(make())
     state = nn.Sequential(nn.Linear(6, 5).double()).state_dict()
-    with pytest.raises(RuntimeError, match="Missing.*bias"):
+    with pytest.raises(RuntimeError, match=r"Missing.*bias"):
         model.load_state_dict({"0.weight": state["0.weight"]})
-    with pytest.raises(RuntimeError, match="Unexpected.*other"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*other"):
         model.load_state_dict({**state, "0.other": state["0.bias"]})
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict({**state, "0.weight": torch.zeros(5, 7)})

@@ -14,7 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from veneer.errors import ModelError
 from veneer.model import load as loading
@@ -33,7 +40,9 @@ SIZES = {
 
 
 def words() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(94)} | {"<unk>": 94, "</s>": 95}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(94)} | {"<unk>": 94, "</s>": 95}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
@@ -98,8 +107,9 @@ def test_it_is_frozen_quiet_and_ready(made, capfd):
 def test_auto_is_the_fastest_dtype(made):
     assert load(str(made)).model.dtype == fastest_dtype(torch.device("cpu"))
     assert fastest_dtype(torch.device("cuda")) == torch.bfloat16
-    with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=False), mock.patch.object(
-        torch.cpu, "_is_amx_tile_supported", return_value=False
+    with (
+        mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=False),
+        mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False),
     ):
         assert fastest_dtype(torch.device("cpu")) == torch.float32
 
@@ -141,7 +151,10 @@ def test_the_packaged_gguf_loads(smollm2):
     assert UNKNOWN not in smollm2.fingerprint.to_json().values()
     assert model.veneer_stored_dtype == torch.float32  # 4-bit values are no bfloat16 numbers
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
     )
     said = tokenizer.decode(model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :])
     assert "Paris" in said
@@ -268,7 +281,9 @@ def test_nan_in_the_weights(folder):
 
 def test_a_quantised_checkpoint(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     refused(folder)
 
 

@@ -58,7 +58,11 @@ def test_targets_are_predicted_from_the_token_before(rows):
 
 
 @given(
-    targets=st.integers(0, 20), vocabulary=st.integers(1, 30), bias=st.booleans(), chunk=st.integers(1, 21), seed=st.integers(0, 999)
+    targets=st.integers(0, 20),
+    vocabulary=st.integers(1, 30),
+    bias=st.booleans(),
+    chunk=st.integers(1, 21),
+    seed=st.integers(0, 999),
 )
 def test_the_chunked_head_is_cross_entropy_of_the_logits(targets, vocabulary, bias, chunk, seed):
     """Values and gradients, also where the last chunk is short or there is no target at all."""
@@ -96,8 +100,9 @@ def test_the_real_chunk_size_at_its_borders(targets):
 def test_only_a_chunk_of_logits_exists_at_a_time():
     seen = []
     logits = losses._logits
-    with mock.patch.object(losses, "CHUNK", 3), mock.patch.object(
-        losses, "_logits", side_effect=lambda h, *args: seen.append(len(h)) or logits(h, *args)
+    with (
+        mock.patch.object(losses, "CHUNK", 3),
+        mock.patch.object(losses, "_logits", side_effect=lambda h, *args: seen.append(len(h)) or logits(h, *args)),
     ):
         head_nll(torch.randn(8, 4), nn.Linear(4, 5), torch.zeros(8, dtype=torch.int64))
     assert seen == [3, 3, 2]

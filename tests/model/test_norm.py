@@ -75,7 +75,7 @@ def test_gradient_is_that_of_autograd(dtype, size, rows, seed, spread):
     out = ours.weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
     (wanted,) = torch.autograd.grad(out, wide, g.double())
     assert got.dtype == dtype
-    # The gradient is a difference of two terms of size |g w| / rms: the bound is relative to these, not to what is left.
+    # The gradient is a difference of two terms of size |g w| / rms: the bound is relative to these, not to the rest.
     terms = (ours.weight * g).double() * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
     ulp = 2**-7 if dtype == torch.bfloat16 else 2**-20  # g · w is rounded, then the result; float32: sums of 1000
     assert (got.double() - wanted).abs().max() <= ulp * terms.norm(dim=-1).max()

@@ -78,9 +78,13 @@ def plain(family: str) -> nn.Module:
     return model
 
 
-@functools.cache
 def adapted(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The same model with norms swapped and the two slots filled, B random."""
+    """The same model with norms swapped and the two slots filled, B random; one for all tests."""
+    return _adapted(family, dtype)
+
+
+@functools.cache
+def _adapted(family: str, dtype: torch.dtype) -> nn.Module:
     model = copy.deepcopy(plain(family)).to(dtype)
     prepare(model)
     generator = torch.Generator().manual_seed(1)
@@ -105,8 +109,9 @@ def logits_alone(
 
 
 def both(family: str, sequences, speakers, spans=None, dtype=torch.float32, oracle=None):
-    """(logits, gradients) packed and alone; speakers[i]: slot -> weight of sequence i; gradients by slot, path, factor."""
-    model, oracle = adapted(family, dtype), oracle if oracle is not None else plain(family)
+    """(logits, gradients) packed and alone; speakers[i]: slot -> weight; gradients by slot, path and factor."""
+    model = adapted(family, dtype)
+    oracle = plain(family) if oracle is None else oracle
     generator = torch.Generator().manual_seed(2)
     loss_weights = [torch.randn(len(ids), SIZES["vocab_size"], generator=generator) for ids in sequences]
     model.zero_grad()
@@ -204,7 +209,9 @@ def test_overlapping_spans_add_up_with_their_weights(weights, seed):
     lengths = [5 + 3 * i for i in range(len(weights))]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     spans = [
-        Span(starts[i], starts[i + 1], slot, pair[k]) for i, pair in enumerate(weights) for k, slot in enumerate(TARGETS)
+        Span(starts[i], starts[i + 1], slot, pair[k])
+        for i, pair in enumerate(weights)
+        for k, slot in enumerate(TARGETS)
     ]
     speakers = [dict(zip(TARGETS, pair, strict=True)) for pair in weights]
     assert_equal(*both("llama", sentences(lengths, seed), speakers, spans), TIGHT)
@@ -212,8 +219,12 @@ def test_overlapping_spans_add_up_with_their_weights(weights, seed):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_bfloat16_is_no_further_from_float32_than_transformers_own(family):
-    """Both round at the same places, at different values: twice transformers' error, in norm, bounds chance."""
-    sequences, speakers = sentences([12, 40, 5, 1, 11]), [{"one": 1.0}, {"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}]
+    """Both round at the same places, at different values: twice transformers' error, in norm, bounds chance.
+
+    Each slot speaks over more than the segment of length 1, where the true gradient of the query is zero and ours is
+    rounding of the terms that cancel (2⁻⁹ of them).
+    """
+    sequences, speakers = sentences([12, 40, 5, 1, 11]), [{"one": 1.0}, {"two": 1.0}, {}, {"two": 1.0}, {"one": 1.0}]
     low = copy.deepcopy(plain(family)).to(torch.bfloat16)
     rounded = copy.deepcopy(low).float()  # the same bfloat16 weights: the truth for both
     packed, alone = both(family, sequences, speakers, dtype=torch.bfloat16, oracle=low)
@@ -223,10 +234,13 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_own(family):
         return (found[0].float() - truth[0].float()).norm() / truth[0].float().norm()
 
     assert error(packed) < 2 * error(alone)
-    for key, wanted in truth[1].items():
-        got, theirs = packed[1][key], alone[1][key]
+    for slot in TARGETS:
+        keys = [key for key in truth[1] if key[0] == slot]
+        got, theirs, wanted = (torch.cat([found[1][key].flatten() for key in keys]) for found in (packed, alone, truth))
         assert got.dtype == torch.float32
-        assert (got - wanted).norm() < 2 * (theirs - wanted).norm() + 2**-8 * wanted.norm(), key
+        assert (got - wanted).norm() < 2 * (theirs - wanted).norm()  # all factors together; one alone varies more
+        for key in keys:
+            assert (packed[1][key] - truth[1][key]).norm() < 4 * (alone[1][key] - truth[1][key]).norm(), key
 
 
 def test_the_models_own_attention_may_be_eager():
@@ -276,7 +290,9 @@ def test_gradient_checkpointing_computes_the_same():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     try:
-        got = both("llama", sequences, speakers)[0]
+        with mock.patch.object(Leaf, "forward", autospec=True, side_effect=Leaf.forward) as forward:
+            got = both("llama", sequences, speakers)[0]
+        assert forward.call_count == 2 * len([m for m in model.modules() if isinstance(m, Leaf)])  # forward, recompute
     finally:
         model.gradient_checkpointing_disable()
         model.eval()
@@ -329,7 +345,7 @@ def test_the_first_slot_is_the_voice_and_speaking_is_undone():
             with speaking(model, None):
                 base = model(input_ids=ids).logits
             assert torch.equal(model(input_ids=ids).logits, one)
-        with pytest.raises(ZeroDivisionError), speaking(model, "two"):
+        with pytest.raises(ZeroDivisionError), speaking(model, "two"):  # noqa: PT012
             two = model(input_ids=ids).logits
             1 / 0  # noqa: B018
         assert torch.equal(model(input_ids=ids).logits, ordinary)
@@ -343,7 +359,7 @@ def test_the_first_slot_is_the_voice_and_speaking_is_undone():
 def test_attention_and_stream_are_restored_after_an_exception(place):
     model = adapted("llama")
     before = model.config._attn_implementation
-    with pytest.raises(ZeroDivisionError), running(model, pack(sentences([3]), ["one"])):
+    with pytest.raises(ZeroDivisionError), running(model, pack(sentences([3]), ["one"])):  # noqa: PT012
         assert model.config._attn_implementation == attention.ATTENTION
         if place == "inside":
             with mock.patch.object(Leaf, "forward", side_effect=ZeroDivisionError):
@@ -371,9 +387,12 @@ def test_one_stream_at_a_time():
 def test_a_name_that_is_not_attached_is_refused():
     """Else the base would speak in the adapter's place, and its figures would be reported as the adapter's."""
     model = adapted("llama")
-    with pytest.raises(VeneerError, match="three.*one, two"), running(model, pack(sentences([3, 4]), ["one", "three"])):
+    with (
+        pytest.raises(VeneerError, match=r"three.*one, two"),
+        running(model, pack(sentences([3, 4]), ["one", "three"])),
+    ):
         pass
-    with pytest.raises(ModelError, match="three.*one, two"), speaking(model, "three"):
+    with pytest.raises(ModelError, match=r"three.*one, two"), speaking(model, "three"):
         pass
 
 

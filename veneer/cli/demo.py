@@ -29,6 +29,7 @@ SHOWN = 3  # answers printed before and after
 
 def run(argv: Sequence[str]) -> int:
     """All steps, each said aloud; the last line of the results is one JSON object."""
+    settings = parse(argv, COMMAND).settings
     from veneer.config import RunConfig
     from veneer.data.toolcalls import write
     from veneer.evaluate.run_report import report_run
@@ -36,7 +37,6 @@ def run(argv: Sequence[str]) -> int:
     from veneer.model.load import load
     from veneer.train.run import train
 
-    settings = parse(argv, COMMAND).settings
     folder = Path(settings.output_dir)
     _clear(folder)
     say("1/5  data: free-text request -> exact JSON call; the test phrasings are held out")

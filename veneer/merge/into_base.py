@@ -66,8 +66,8 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     merge_into(loaded.model, SLOT)
     detach(loaded.model)
     loaded.model.to(chosen)
-    _write(folder, loaded.model, loaded.tokenizer)
-    return _report(folder, chosen, rounding, wanted)
+    got = _write(folder, loaded.model, loaded.tokenizer, chosen)
+    return _report(folder, chosen, rounding, wanted, got)
 
 
 def _dtype(model: nn.Module, dtype: str) -> torch.dtype:
@@ -90,31 +90,33 @@ def _rounding(merged_OI: Tensor, factors: tuple[Tensor, Tensor], dtype: torch.dt
     return error, torch.linalg.vector_norm(b_OR @ a_RI).item()
 
 
-def _write(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+def _write(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype) -> Tensor:
+    """Writes the model folder, whole or not at all; returns the logits of what plain transformers reads back."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        got = _logits(AutoModelForCausalLM.from_pretrained(partial, dtype=dtype), None)
+        if not torch.isfinite(got).all():
+            raise ModelError("the merged model gives logits that are not finite; nothing was written, keep the adapter")
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+        return got
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _report(folder: Path, dtype: torch.dtype, rounding: dict[str, tuple[float, float]], wanted: Tensor) -> MergeReport:
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    got = _logits(reloaded, None)
+Roundings = dict[str, tuple[float, float]]  # layer -> ‖stored - merged‖, ‖ΔW‖
+
+
+def _report(folder: Path, dtype: torch.dtype, rounding: Roundings, wanted: Tensor, got: Tensor) -> MergeReport:
     relative = {path: error / norm if norm else 0.0 for path, (error, norm) in rounding.items()}
     errors, norms = zip(*rounding.values(), strict=True)
     update = sum(norm**2 for norm in norms) ** 0.5
     worst = max(relative, key=relative.__getitem__)
     overall = (sum(error**2 for error in errors) ** 0.5) / update if update else 0.0
-    if not torch.isfinite(got).all():
-        raise ModelError(
-            f"the merged model in {folder} gives logits that are not finite; do not use it, keep the adapter instead"
-        )
     notes = (
         (f"rounding to {dtype} took {overall:.0%} of the update: keep the adapter, or merge with --dtype float32",)
         if overall > 0.1

@@ -15,6 +15,7 @@ from veneer.model.stream import pack
 
 # Relative to the largest logit: rounding over tens of layers; a wrong mask or position is off by 10 % and more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+HALF = (torch.bfloat16, torch.float16)
 
 
 def probe(model: nn.Module) -> None:
@@ -31,7 +32,7 @@ def probe(model: nn.Module) -> None:
             f"models of the family {family!r} are not supported: the packed forward failed ({error})"
         ) from error
     alone = [_alone(model, sequence, device) for sequence in (first, second)]
-    faults = _faults(packed, nll, alone, second, TOLERANCE[model.dtype])
+    faults = _faults(packed, nll, alone, second, model.dtype, device)
     if faults:
         wiring_of(model).fault = "; ".join(faults)
         raise ModelError(f"models of the family {family!r} are not supported: {'; '.join(faults)}")
@@ -58,15 +59,30 @@ def _alone(model: nn.Module, sequence: list[int], device: torch.device) -> Tenso
     return model(input_ids=torch.tensor([sequence], device=device), use_cache=False).logits[0].float()
 
 
-def _faults(packed: Tensor, nll: Tensor, alone: list[Tensor], second: list[int], tolerance: float) -> list[str]:
+def _faults(
+    packed_TV: Tensor, nll: Tensor, alone: list[Tensor], second: list[int], dtype: torch.dtype, device: torch.device
+) -> list[str]:
     faults = []
-    split = len(alone[0])
-    for name, got, wanted in (("first", packed[:split], alone[0]), ("second", packed[split:], alone[1])):
-        error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    split, tolerance = len(alone[0]), TOLERANCE[dtype]
+    for name, got_TV, wanted_TV in (("first", packed_TV[:split], alone[0]), ("second", packed_TV[split:], alone[1])):
+        error = _error(got_TV, wanted_TV, dtype)
         if not error < tolerance:
-            faults.append(f"the {name} of two packed segments is {error:.1%} off what the model computes for it alone")
-    targets = torch.tensor(second[1:], device=nll.device)
-    wanted_nll = nn.functional.cross_entropy(alone[1][:-1], targets, reduction="none")
-    if not torch.allclose(nll, wanted_nll, rtol=tolerance, atol=tolerance * alone[1].abs().max().item()):
-        faults.append("the chunked head differs from the model's own logits (a scaled or capped head)")
+            faults.append(
+                f"the {name} of two packed segments is {error:.1%} off what the model computes for it alone "
+                "(its attention, its positions, or a scaled or capped head)"
+            )
+    targets = torch.tensor(second[1:], device=device)
+    wanted_nll = nn.functional.cross_entropy(packed_TV[split:-1], targets, reduction="none")
+    if not torch.allclose(nll, wanted_nll, rtol=tolerance, atol=tolerance):
+        faults.append("the loss in chunks differs from that of the head's own logits")
     return faults
+
+
+def _error(got_TV: Tensor, wanted_TV: Tensor, dtype: torch.dtype) -> float:
+    """Largest error of a token relative to its largest logit: of the worst token, in half precision of the median one.
+
+    In bfloat16 single tokens (the first, of huge activations) may differ by a third between two right attentions;
+    a wrong mask, position or head spoils most of them.
+    """
+    errors_T = (got_TV - wanted_TV).abs().amax(-1) / wanted_TV.abs().amax(-1)
+    return (errors_T.median() if dtype in HALF else errors_T.max()).item()

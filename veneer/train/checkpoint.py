@@ -33,8 +33,8 @@ def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: 
         )
     state = {"format": 1, "threads": torch.get_num_threads(), "run": identity, "jobs": numbers}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for file in partial.iterdir():
-        _sync(file)
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     _sync(folder.parent)
@@ -74,9 +74,15 @@ def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any]) -> list
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); delete it to resume from the one before") from error
+    wanted = {"run": dict, "jobs": dict, "threads": int}
+    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in wanted.items()):
+        raise CheckpointError(
+            f"{folder}/state.json is no training state; delete the folder to resume from the one before"
+        )
+    return state
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -102,7 +108,8 @@ def _folders(output_dir: Path) -> list[Path]:
 
 
 def _prune(output_dir: Path, keep: int | None) -> None:
-    for folder in _folders(output_dir)[:-keep] if keep else []:
+    stale = _folders(output_dir)[:-keep] if keep else []
+    for folder in [*stale, *(output_dir / FOLDER).glob(".step-*.partial")]:  # a kill while saving leaves a partial one
         shutil.rmtree(folder)
 
 

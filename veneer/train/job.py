@@ -18,6 +18,9 @@ from veneer.model.dropout import dropout_key
 from veneer.train.optim import FlatParameters, adamw
 from veneer.train.schedule import factor
 
+# What a checkpoint keeps of a job beside its tensors.
+PROGRESS = "step tokens seconds last_loss best_loss best_step evaluations_without_gain stopped_early".split()
+
 
 def total_steps(settings: TrainSettings, rows: int) -> int:
     """Optimiser steps of a whole run."""
@@ -40,6 +43,8 @@ class Job:
     learning_rate: float
     parameters: Sequence[nn.Parameter]
     step: int = 0  # optimiser steps taken
+    tokens: int = 0  # gone through training steps, and the seconds they took, over all resumptions
+    seconds: float = 0.0
     last_loss: float = math.nan
     best_loss: float = math.inf
     best_step: int = 0
@@ -82,12 +87,12 @@ class Job:
         count = self.settings.gradient_accumulation_steps
         return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro))
 
-    def update(self) -> dict[str, float]:
-        """Clips, steps and clears; returns the facts of the step."""
+    def update(self, loss: float) -> dict[str, float]:
+        """Clips, steps (unless loss or gradient are not finite) and clears; returns the facts of the step."""
         rate = self.learning_rate * factor(self.settings, self.step, self.total)
         self.optimizer.param_groups[0]["lr"] = rate
         norm = float(self.flat.clip(self.settings.max_grad_norm))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and math.isfinite(loss):
             self.optimizer.step()
             self.step += 1
         self.flat.grads_P.zero_()
@@ -117,7 +122,16 @@ class Job:
         }
         if self.best_P is not None:
             tensors["best"] = self.best_P
-        names = ("step", "last_loss", "best_loss", "best_step", "evaluations_without_gain", "stopped_early")
+        names = (
+            "step",
+            "tokens",
+            "seconds",
+            "last_loss",
+            "best_loss",
+            "best_step",
+            "evaluations_without_gain",
+            "stopped_early",
+        )
         return tensors, {name: getattr(self, name) for name in names}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:

@@ -57,12 +57,13 @@ def _step(model: nn.Module, jobs: Sequence[Job], record: Record) -> None:
             losses[slot] += loss
             tokens[slot] += count
     for job in jobs:
-        loss, facts = losses[job.slot], job.update()
+        loss = losses[job.slot]
+        facts = job.update(loss)
         if not (math.isfinite(loss) and math.isfinite(facts["grad_norm"])):
             job.failure = _failure(job, loss, facts)
             continue
-        job.last_loss = loss
         seconds = time.perf_counter() - started
+        job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + tokens[job.slot]
         record(
             job,
             {
@@ -110,7 +111,8 @@ def _validate(model: nn.Module, job: Job, record: Record) -> None:
 
 
 def _failure(job: Job, loss: float, facts: dict[str, float]) -> NonFiniteLossError:
-    rows = sorted({example.row + 1 for example in job.rows(0)})[:8]
+    micros = range(job.settings.gradient_accumulation_steps)
+    rows = sorted({example.row + 1 for micro in micros for example in job.rows(micro)})[:8]
     rate, norm = facts["learning_rate"], facts["grad_norm"]
     return NonFiniteLossError(
         f"{job.slot}: step {job.step + 1} of {job.total} gave loss {loss:g} and gradient norm {norm:g} at learning "

@@ -33,7 +33,6 @@ class Recorder:
         self.file = output_dir / METRICS
         self.jobs = jobs
         self._drop_lines_beyond({job.slot: job.step for job in jobs})
-        self.seconds, self.tokens = 0.0, 0
         self.console = Console(stderr=True)
         self.bar = _bar(self.console) if progress else None
         self.tasks: dict[str, TaskID] = {}
@@ -53,9 +52,6 @@ class Recorder:
 
     def __call__(self, job: Job, facts: dict[str, Any]) -> None:
         line = {"job": job.slot, "step": job.step, "epoch": round(job.epoch, 4), **facts}
-        if facts["split"] == "train":
-            self.seconds += facts["seconds"]
-            self.tokens += facts["tokens"]
         if facts["split"] == "eval" or job.step % job.settings.logging_steps == 0 or job.done:
             job.history.append(line)
             with self.file.open("a") as out:
@@ -67,7 +63,7 @@ class Recorder:
             return
         validated = [line["loss"] for line in job.history if line["split"] == "eval"]
         tail = f"  validation {validated[-1]:.4f}" if validated else ""
-        rate = self.tokens / self.seconds if self.seconds else 0.0
+        rate = job.tokens / job.seconds if job.seconds else 0.0
         shown = f"loss {job.last_loss:.4f}{tail}  {rate:,.0f} tokens/s"
         self.bar.update(self.tasks[job.slot], completed=job.step, facts=shown)
 
@@ -76,7 +72,9 @@ class Recorder:
             return
         lines = [_parsed(text) for text in self.file.read_text().splitlines()]
         kept = [line for line in lines if line and line["step"] <= steps.get(line["job"], 0) and any(steps.values())]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self.file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.file)  # a kill here must not lose the history
         for job in self.jobs:
             job.history += [line for line in kept if line["job"] == job.slot]
 

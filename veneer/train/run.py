@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import PreTrainedModel
 
 from veneer.adapter.attach import attach, methods_of, take
 from veneer.config import RunConfig, write_yaml
@@ -17,7 +19,7 @@ from veneer.data.batches import split
 from veneer.data.chat import EncodedRows, Example, Template, encode_rows
 from veneer.data.sources import read_rows
 from veneer.errors import ConfigError
-from veneer.lowrank import norm as update_norm
+from veneer.lowrank import norm
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
 from veneer.train import checkpoint
 from veneer.train.allocator import keep_freed_memory
@@ -92,10 +94,13 @@ def train(
     keep_freed_memory()
     say = Console(stderr=True, highlight=False, quiet=not progress).print
     output, notes = Path(config.output_dir), []
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output-dir {output} is a file; name a folder")
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
     loaded = loaded or load(config.base_model, config.dtype, tokenizer=tokenizer)
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
+    _set_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
     parameters = [p for method in methods_of(loaded.model, SLOT).values() for p in method.parameters()]
@@ -109,7 +114,7 @@ def train(
         save = lambda jobs: checkpoint.save(output, jobs, identity, config.train.save_total_limit)  # noqa: E731
         loop(loaded.model, [job], record=record, save=save)
     notes += _verdict(job)
-    result = _result(config, job, record, loaded, notes)
+    result = _result(config, job, notes)
     facts = {
         "options": config.to_flat(),
         "data": data.facts(),
@@ -120,6 +125,17 @@ def train(
     adapter = take(loaded.model, SLOT, base_name=config.base_model, storage=loaded.storage, training=training)
     adapter.save(output)
     return result
+
+
+def _set_recompute(model: PreTrainedModel, wanted: bool) -> None:
+    """Recompute each layer in backward. transformers does it in training mode only, which changes nothing else here:
+    our dropout does not look at the mode, and a base's own dropout is refused."""
+    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if wanted and dropouts:
+        raise ConfigError(f"--gradient-checkpointing: this base has dropout of its own ({', '.join(dropouts[:3])})")
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
 
 
 def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
@@ -160,8 +176,6 @@ def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:
 
 def _start(output: Path, config: RunConfig, jobs: list[Job], identity: dict[str, Any], resume: bool) -> list[str]:
     """Prepares the output folder; returns notes."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output-dir {output} is a file; name a folder")
     notes = []
     if resume:
         found = checkpoint.latest(output)
@@ -187,7 +201,7 @@ def update_norms(model: nn.Module, slot: str = SLOT) -> dict[str, float]:
     norms = {}
     for path, method in methods_of(model, slot).items():
         weight = torch.linalg.vector_norm(model.get_submodule(path).base.row_norms()).item()
-        norms[path] = float(f"{update_norm(*method.plain()) / weight:.4g}")
+        norms[path] = float(f"{norm(*method.plain()) / weight:.4g}")
     return norms
 
 
@@ -209,27 +223,20 @@ def _verdict(job: Job) -> list[str]:
     return notes
 
 
-def _result(config: RunConfig, job: Job, record: Recorder, loaded: Loaded, notes: list[str]) -> TrainResult:
-    steps = [line for line in job.history if line["split"] == "train"]
+def _result(config: RunConfig, job: Job, notes: list[str]) -> TrainResult:
     validated = [line["loss"] for line in job.history if line["split"] == "eval"]
-    seconds, tokens = time_and_tokens(record)
     return TrainResult(
         output_dir=config.output_dir,
         steps=job.step,
-        train_seconds=round(seconds, 3),
-        tokens=tokens,
-        tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0,
+        train_seconds=round(job.seconds, 3),
+        tokens=job.tokens,
+        tokens_per_second=round(job.tokens / job.seconds, 1) if job.seconds else 0.0,
         trainable_parameters=len(job.flat),
-        final_loss=steps[-1]["loss"] if steps else job.last_loss,
+        final_loss=job.last_loss,
         eval_loss_before=validated[0] if validated else None,
-        best_eval_loss=job.best_loss if validated else None,
+        best_eval_loss=job.best_loss if math.isfinite(job.best_loss) else None,
         best_step=job.best_step,
         learning_rate=job.learning_rate,
         peak_memory_bytes=peak_memory_bytes(job.flat.values_P.device),
         notes=tuple(notes),
     )
-
-
-def time_and_tokens(record: Recorder) -> tuple[float, int]:
-    """Seconds inside training steps, and the real tokens that went through them (no padding exists)."""
-    return record.seconds, record.tokens
