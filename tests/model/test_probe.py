@@ -56,7 +56,7 @@ class OneSegment(attention.Buckets):
     [
         (mock.patch.object(attention, "Buckets", NoMask), "first of two packed segments.*second of two"),
         (mock.patch.object(attention, "Buckets", OneSegment), "second of two packed segments"),
-        (mock.patch.object(losses, "_logits", lambda h, w, b: (h @ w.t()).float() * 1.3), "chunked head differs"),
+        (mock.patch.object(losses, "_logits", lambda h, w, b: (h @ w.t()).float() * 1.3), "loss in chunks differs"),
         (mock.patch.object(attention, "_segments", side_effect=KeyError("lost")), "packed forward failed.*lost"),
     ],
     ids=["mask", "borders", "head", "crash"],
@@ -95,7 +95,7 @@ def test_a_head_that_is_capped_or_scaled_is_found(model):
             return nn.functional.linear(x, self.weight).tanh() * 2
 
     model.set_output_embeddings(Capped(model.lm_head))
-    with pytest.raises(ModelError, match="chunked head"):
+    with pytest.raises(ModelError, match="loss in chunks"):
         probe(model)
 
 

@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     # pydantic looks for plugins in every installed package: a tenth of a second that no verb has a use for.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Two threads that meet a busy core: spinning at OpenMP's barriers made steps 10 to 30 times slower, sleeping costs
-    # nothing measurable on an idle machine (docs/log.md). Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _wait_politely()
     write_anything()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] == "help":
@@ -53,6 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _unknown_verb(words[0])
     with results_only():
         return _run(words[0], words[1:])
+
+
+def _wait_politely() -> None:
+    """On a busy machine, lets OpenMP's threads sleep at barriers; read when torch is loaded.
+
+    Where another process holds a core, spinning makes a training step 10 to 30 times slower; on an idle machine,
+    sleeping makes it a tenth slower (docs/log.md).
+    """
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def overview() -> str:

@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> int:
     options |= {
         "max_steps": settings.max_steps,
         "seed": settings.seed,
+        "per_device_train_batch_size": 12,
         "validation_split": 32,
         "eval_steps": max(1, settings.max_steps // 4),
     }

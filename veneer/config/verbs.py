@@ -175,6 +175,6 @@ class DemoSettings(Settings):
     group: ClassVar[str] = "Demo"
 
     output_dir: Folder = Field(default="out/demo", description="folder for data, adapter, merged model and report")
-    max_steps: Positive = Field(default=120, description="optimiser steps of 8 rows")
+    max_steps: Positive = Field(default=90, description="optimiser steps of 12 rows")
     test_rows: Positive = Field(default=100, description="held-out requests to evaluate on")
     seed: Seed = Field(default=0, description="of data, start and order")

@@ -2,7 +2,7 @@
 
 Sentence templates are held out: the test split uses `asked` templates that training never shows, and values (names,
 places, amounts, words to copy) of its own where that is natural. Every argument is a copy from the text or a light
-normalisation of it (9:40 pm -> 21:40, dollars -> USD), so that right or wrong is a comparison of strings.
+normalisation of it (7 am -> 7:00 am, dollars -> USD), so that right or wrong is a comparison of strings.
 
 To edit: a function is an entry of FUNCTIONS; a template's {fields} are its arguments, in the order of the signature
 in the call; a kind of argument is an entry of VALUES: for each split a list of what is said, or (said, meant).
@@ -321,12 +321,12 @@ def _copied(*lines: str) -> list[Value]:
 
 
 def _times(minutes: Sequence[int]) -> list[Value]:
-    """7 am -> 07:00, 9:40 pm -> 21:40; twelve o'clock is left out: people do not agree on its am and pm."""
+    """7 am -> 7:00 am, 9:40 pm -> 9:40 pm; twelve o'clock is left out: people do not agree on its am and pm."""
     values: list[Value] = []
     for hour in range(1, 12):
         for minute in minutes:
             clock = f"{hour}:{minute:02d}" if minute else f"{hour}"
-            values += [(f"{clock} am", f"{hour:02d}:{minute:02d}"), (f"{clock} pm", f"{hour + 12}:{minute:02d}")]
+            values += [(f"{clock} {half}", f"{hour}:{minute:02d} {half}") for half in ("am", "pm")]
     return values
 
 
