@@ -296,7 +296,6 @@ def test_a_plan_loads_no_weights(config: Config, monkeypatch: pytest.MonkeyPatch
     assert not Path(config().output_dir).exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the option is accepted and does nothing yet")
 def test_gradient_checkpointing_is_on_when_asked_for(config: Config, pico_folder: Path) -> None:
     loaded = load(str(pico_folder), "float32")
     calls = []

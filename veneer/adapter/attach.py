@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import re
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.verify import check_base
 from veneer.config import LoraSettings
-from veneer.errors import AdapterError, ConfigError, listed, nearest
+from veneer.errors import AdapterError, ConfigError, ModelError, listed, nearest
 from veneer.methods.base import Method
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
 from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
-from veneer.model.swap import leaf_at, linear_paths, unswap
-
-V = TypeVar("V")
+from veneer.model.probe import probe
+from veneer.model.swap import check_adaptable, leaf_at, linear_paths, unswap
 
 
 def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "default", *, seed: int = 0) -> nn.Module:
@@ -40,7 +38,10 @@ def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "defaul
     """
     _check_name(model, name)
     made = _from_adapter(model, source) if isinstance(source, Adapter) else _from_settings(model, source, seed)
+    for path in made:
+        check_adaptable(model, path)  # all before the first is swapped: attach does all or nothing
     _freeze_base(model)
+    _probe_once(model)
     for path, method in made.items():
         leaf = leaf_at(model, path)
         leaf.slots[name] = method.to(leaf.weight.device)
@@ -48,6 +49,17 @@ def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "defaul
     wiring.slots.append(name)
     wiring.voice = wiring.voice or name
     return model
+
+
+def _probe_once(model: nn.Module) -> None:
+    """A model that did not come from our loader is probed now; where that fails, ordinary calls still work."""
+    if wiring_of(model).probed or not hasattr(model, "get_output_embeddings"):
+        return
+    wiring_of(model).probed = True
+    try:
+        probe(model)
+    except ModelError as error:
+        warnings.warn(f"no packed forward for this model, only ordinary calls: {error}", UserWarning, stacklevel=3)
 
 
 def take(
@@ -66,8 +78,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Takes one slot off; without a name all of them, and plain linear layers stand there again. Returns the model."""
     wiring = wiring_of(model)
     for slot in [name] if name is not None else list(wiring.slots):
-        for method in methods_of(model, slot):
-            del model.get_submodule(method).slots[slot]
+        for path in methods_of(model, slot):
+            del model.get_submodule(path).slots[slot]
         wiring.slots.remove(slot)
     wiring.voice = wiring.voice if wiring.voice in wiring.slots else next(iter(wiring.slots), None)
     if name is None:
@@ -113,7 +125,11 @@ def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
 
 
 def _named(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:
-    hits = {pattern: [path for path in paths if matches(path, pattern)] for pattern in patterns}
+    """The paths that any pattern names, in the model's order. Raises ConfigError with every pattern that names none."""
+    try:
+        hits = {pattern: patterns_of_peft.matched(pattern, paths) for pattern in patterns}
+    except patterns_of_peft.TooCostly as error:
+        raise ConfigError(f"{option}: {error}") from error
     missed = [pattern for pattern, found in hits.items() if not found]
     if missed:
         kinds = sorted({path.rpartition(".")[2] for path in paths})
@@ -130,31 +146,22 @@ def _near(word: str, kinds: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
-def matches(path: str, pattern: str) -> bool:
-    """A pattern names a layer by its whole path, its last parts, or a regular expression over either (PEFT's rule)."""
-    return path == pattern or path.endswith("." + pattern) or re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
-
-
 def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[str, Method]:
     targets = find_targets(model, settings)
     for option, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         if patterns:
             _named(targets, list(patterns), option)
-    return {path: _new(model, path, settings, seed) for path in targets}
+    ranks = patterns_of_peft.resolve(settings.rank_pattern, targets, settings.r)
+    alphas = patterns_of_peft.resolve(settings.alpha_pattern, targets, settings.lora_alpha)
+    return {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
 
 
-def _new(model: nn.Module, path: str, settings: LoraSettings, seed: int) -> LoRA:
-    rank = _pattern(path, settings.rank_pattern, settings.r)
-    alpha = _pattern(path, settings.alpha_pattern, settings.lora_alpha)
+def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> LoRA:
     weight = model.get_submodule(path).weight
     start = INITS[settings.init_lora_weights]
     a_RI, b_OR = start(weight, rank, torch.Generator().manual_seed(_module_seed(seed, path)))
     scale = settings.scale if settings.scale is not None else alpha / (rank**0.5 if settings.use_rslora else rank)
     return LoRA(a_RI, b_OR, scale, settings.lora_dropout)
-
-
-def _pattern(path: str, patterns: Mapping[str, V], default: V) -> V:
-    return next((value for pattern, value in patterns.items() if matches(path, pattern)), default)
 
 
 def _module_seed(seed: int, path: str) -> int:
@@ -173,8 +180,8 @@ def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not name or "." in name:
-        raise ConfigError(f"an adapter's name must not be empty or hold a dot, got {name!r}")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"an adapter's name must not be empty, hold a dot, or be a method of a dict, got {name!r}")
     if name in wiring_of(model).slots:
         raise AdapterError(
             f"a slot named {name!r} is attached already; next: veneer.detach(model, {name!r}), or another name"

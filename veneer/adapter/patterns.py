@@ -63,6 +63,19 @@ def named(targets: str | Sequence[str], modules: Sequence[str]) -> list[str]:
     return [module for module in modules if module in targets or module.endswith(ends)]
 
 
+def matched(pattern: str, modules: Sequence[str]) -> list[str]:
+    """The modules that one word of a list names: by whole path, by last parts, or as an expression over either.
+
+    Raises TooCostly.
+    """
+    literal = [module for module in modules if module == pattern or module.endswith(f".{pattern}")]
+    if literal:
+        return literal
+    _check([pattern], modules)
+    expression = re.compile(rf"(.*\.)?({pattern})$")
+    return [module for module in modules if expression.match(module)]
+
+
 def _check(patterns: Sequence[str], modules: Sequence[str]) -> None:
     """Raise TooCostly for the patterns that are no expressions or together could exceed WORK."""
     longest = max(map(len, modules), default=0)

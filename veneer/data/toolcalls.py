@@ -208,6 +208,9 @@ FUNCTIONS: tuple[Function, ...] = (
             "what is {amount} {from} in {to}?",
             "calculate {amount} {from} in {to}",
             "how many {to} do I get for {amount} {from}?",
+            "how many {to} would {amount} {from} make?",
+            "how many {to} can I buy with {amount} {from}?",
+            "I need the price in {to} for {amount} {from}",
         ),
         test=(
             "how many {to} are {amount} {from}?",
@@ -320,6 +323,12 @@ def _copied(*lines: str) -> list[Value]:
     return [(text.strip(), text.strip()) for text in " ".join(lines).split(",")]
 
 
+def _pairs(firsts: str, seconds: str) -> list[Value]:
+    """Every first word with every second, copied: many values, so that copying is what there is to learn."""
+    said = [f"{first} {second}".replace("_", " ") for first in firsts.split() for second in seconds.split()]
+    return [(text, text) for text in dict.fromkeys(said)]
+
+
 def _times(minutes: Sequence[int]) -> list[Value]:
     """7 am -> 7:00 am, 9:40 pm -> 9:40 pm; twelve o'clock is left out: people do not agree on its am and pm."""
     values: list[Value] = []
@@ -354,7 +363,11 @@ VALUES: dict[str, dict[Split, list[Value]]] = {
     },
     "degrees": {"train": _numbers((16, 17, 19, 20, 22, 23, 25, 26)), "test": _numbers((15, 18, 21, 24))},
     "cuisine": {
-        "train": _copied("Italian, Chinese, Indian, Mexican, Thai, French, Greek, Turkish, Korean"),
+        "train": _copied(
+            "Italian, Chinese, Indian, Mexican, Thai, French, Greek, Turkish, Korean, Peruvian, Polish, Brazilian,",
+            "Cuban, Moroccan, Persian, Swedish, Georgian, Syrian, Portuguese, German, Danish, Russian, Nepalese,",
+            "Malaysian, Hawaiian, Egyptian, Irish, Austrian, Israeli, Jamaican",
+        ),
         "test": _copied("Japanese, Spanish, Vietnamese, Lebanese, Ethiopian"),
     },
     "city": {
@@ -390,9 +403,9 @@ VALUES: dict[str, dict[Split, list[Value]]] = {
         ),
     },
     "song": {
-        "train": _copied(
-            "Silver Morning, Blue Rain, Midnight Road, Golden Days, Paper Moon, Lost in Time, Summer Wind,",
-            "Dancing Alone, Wild River, Broken Clocks, Sweet Home, Stars Above, Cold Coffee, Open Sea",
+        "train": _pairs(
+            "Silver Blue Midnight Golden Paper Summer Wild Broken Sweet Cold Open Crystal Hidden Burning Lonely Purple",
+            "Rain Road Days Moon River Clocks Home Stars Coffee Sea Mirror Garden Letters Shadows Mountain Dream",
         ),
         "test": _copied(
             "Green Light, Winter Sun, Empty Streets, Falling Leaves, Long Way Back, Northern Sky, Velvet Night,",
@@ -400,10 +413,11 @@ VALUES: dict[str, dict[Split, list[Value]]] = {
         ),
     },
     "artist": {
-        "train": _copied(
-            "the Night Owls, Maya Stone, the Black Foxes, Johnny Reed, Luna Park, the Old Sailors, Ella Brooks,",
-            "Red Harbor, the Lazy Dogs, Simon Gray, Iron Garden, Daisy Miller",
-        ),
+        "train": _pairs(
+            "Maya Johnny Luna Ella Simon Daisy Oscar Ruby", "Stone Reed Park Brooks Gray Miller Harper Quinn"
+        )
+        + _pairs("the", "Owls Foxes Sailors Dogs Pilots Wolves Gardeners Strangers")
+        + _pairs("Red Iron Quiet Electric Northern Velvet", "Harbor Garden Machine Orchestra Station Machine Circus"),
         "test": _copied("Nora Fields, the Tall Trees, Silent Parade, Peter Lane, the River Kings, Amber Hill"),
     },
     "event": {
@@ -411,7 +425,11 @@ VALUES: dict[str, dict[Split, list[Value]]] = {
             "dentist, team meeting, lunch with Anna, yoga class, piano lesson, parents' evening, haircut, job",
             "interview, football practice, book club, car inspection, dinner with Paul, guitar lesson, budget",
             "review, swimming class, birthday party",
-        ),
+        )
+        + _pairs(
+            "chemistry drawing cooking boxing poetry orchestra theatre rowing", "class lesson club practice rehearsal"
+        )
+        + _pairs("lunch breakfast tea brunch", "with_Ben with_Grace with_Henry with_Maria with_Oscar with_Rosa"),
         "test": _copied(
             "eye doctor, project review, coffee with Clara, dance class, choir practice, house viewing, chess",
             "club, tennis lesson",

@@ -44,7 +44,13 @@ def lora_linear(
     Pieces may overlap (their updates add up) and may leave rows out (those get the base alone).
     """
     flat = [tensor for pair in factors for tensor in pair]
-    return _LoraLinear.apply(x_TI, base, tuple(pieces), *flat)
+    device = x_TI.device.type
+    if not torch.is_autocast_enabled(device):
+        return _LoraLinear.apply(x_TI, base, tuple(pieces), *flat)
+    # Autocast would pick another dtype for each product; here one dtype is chosen for all, the one it asks for.
+    x_TI = x_TI.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _LoraLinear.apply(x_TI, base, tuple(pieces), *flat)
 
 
 class _LoraLinear(torch.autograd.Function):

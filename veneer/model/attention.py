@@ -197,9 +197,10 @@ class _BucketAttention(torch.autograd.Function):
     def backward(ctx: Any, g_THD: Tensor) -> tuple[Any, ...]:
         buckets: Buckets = ctx.buckets
         gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        saved = ctx.saved_tensors  # once: under checkpointing it may be read only once
         gs = _gathered(g_THD.transpose(0, 1), buckets)
         for i, (g, padding) in enumerate(zip(gs, buckets.padding(g_THD.shape[1]), strict=True)):
-            q, k, v, probs, out = ctx.saved_tensors[5 * i : 5 * i + 5]
+            q, k, v, probs, out = saved[5 * i : 5 * i + 5]
             g.view(-1, g.shape[-1]).index_fill_(0, padding, 0.0)
             # Softmax backward, P ∘ (dP - rowsum(P ∘ dP)), where the row sum is g · out: D products instead of L.
             minus = torch.linalg.vecdot(g, out).neg_().unsqueeze(-1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from veneer.errors import DataError
 from veneer.model.packed import speaking
 
 
@@ -33,6 +34,7 @@ def generate(
 
     temperature 0 takes the likeliest token. Prompts of like length share a batch; results are in the prompts' order.
     """
+    _check_prompts(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -59,6 +61,7 @@ def stream(
     seed: int = 0,
 ) -> Iterator[str]:
     """The same text as `generate`, piece by piece; a piece never ends inside a character."""
+    _check_prompts([prompt_ids])
     ids: list[int] = []
     said = ""
     for tokens in _decode(model, tokenizer, [prompt_ids], [0], slot, max_new_tokens, temperature, top_p, seed):
@@ -70,6 +73,12 @@ def stream(
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if len(text) > len(said):
         yield text[len(said) :]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    empty = [number for number, prompt in enumerate(prompts, start=1) if not len(prompt)]
+    if empty:
+        raise DataError(f"prompts without a token cannot be continued: number {', '.join(map(str, empty[:5]))}")
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

@@ -31,7 +31,6 @@ class Leaf(nn.Module):
         super().__init__()
         self.base, self.slots = base, nn.ModuleDict()
         self.wiring, self.path = wiring, path
-        self.calls = 0  # how often it ran; the probe at load reads it
         self.register_load_state_dict_pre_hook(_restore_names)
 
     @property
@@ -55,7 +54,6 @@ class Leaf(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, slots={list(self.slots)}"
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
         x_TI = x.reshape(-1, self.in_features)
         spans = self._spans(x_TI.shape[0])
         if not spans:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from veneer.errors import ModelError
+from veneer.errors import ModelError, listed
 from veneer.model import fingerprint as fingerprints
 from veneer.model.probe import probe
 from veneer.model.source import Source, resolve, unknown
@@ -73,7 +74,7 @@ def load_config(name: str) -> Any:
     with _quiet():
         source = _opened(resolve(name))
         try:
-            return AutoConfig.from_pretrained(source.place, **source.options())
+            return AutoConfig.from_pretrained(source.place, trust_remote_code=False, **source.options())
         except Exception as error:  # transformers raises many kinds here, all of them meaning "no such model"
             raise unknown(source.name, _first_line(error)) from error
 
@@ -96,6 +97,8 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ModelError(f"device {device!r}: wanted auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(
             f"device {device!r} was asked for and torch sees no CUDA GPU; "
@@ -118,7 +121,7 @@ def _model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
+        tokenizer = AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **source.options())
     except Exception as error:  # transformers raises many kinds here, all of them meaning "no such tokenizer"
         raise unknown(source.name, _first_line(error)) from error
     if tokenizer.pad_token is None:
@@ -127,15 +130,17 @@ def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def _read_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    options: dict = {"dtype": dtype, **source.options()}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, **source.options()}
     if source.gguf_file:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
+        del options["use_safetensors"]
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.place, **options)
+        model, told = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
     except Exception as error:  # as above
         raise unknown(source.name, _first_line(error)) from error
+    _check_complete(source, told)
     if source.gguf_file:
         _forget_gguf(model)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -146,11 +151,21 @@ def _read_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def _check_complete(source: Source, told: dict[str, Any]) -> None:
+    """transformers fills a missing tensor with random numbers, and leaves out what does not fit, with a warning."""
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    faults = [
+        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(told[kind])[:5]))}" for kind in kinds if told.get(kind)
+    ]
+    if faults:
+        raise ModelError(listed(f"the checkpoint of {source.name} does not fit its config.json:", faults))
+
+
 def _stored_dtype(source: Source) -> torch.dtype:
     """The dtype that the checkpoint says it is in; GGUF values are no bfloat16 numbers."""
     if source.gguf_file:
         return torch.float32
-    config = AutoConfig.from_pretrained(source.place, **source.options())
+    config = AutoConfig.from_pretrained(source.place, trust_remote_code=False, **source.options())
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 

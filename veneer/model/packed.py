@@ -26,6 +26,7 @@ class Wiring:
         self.stream: Stream | None = None
         self.slots: list[str] = []  # in the order of attaching
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
+        self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
 
 
@@ -42,6 +43,9 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
     wiring = wiring_of(model)
     if wiring.fault:
         raise ModelError(f"this model has no packed path: {wiring.fault}")
+    unknown = sorted({span.slot for span in stream.spans} - set(wiring.slots))
+    if unknown:
+        raise ModelError(f"no slot named {', '.join(unknown)}; attached are: {', '.join(wiring.slots) or 'none'}")
     if wiring.stream is not None:
         raise RuntimeError("a stream is already running on this model; run one after the other")
     configs = {

@@ -15,6 +15,9 @@ from veneer.model.stream import pack
 
 # Relative to the largest logit: rounding over tens of layers; a wrong mask or position is off by 10 % and more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+# Angles that change with the longest sequence of a call: right alone, wrong beside others, and only beyond a length
+# that a probe does not reach.
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -23,15 +26,23 @@ def probe(model: nn.Module) -> None:
     model's own logits."""
     family = getattr(model.config, "model_type", type(model).__name__)
     device = next(model.parameters()).device
+    rotary = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    if stretched := sorted(kinds & LENGTH_DEPENDENT):
+        wiring_of(
+            model
+        ).fault = f"rotary positions of the kind {stretched[0]!r} depend on the length of what is beside them"
+        raise ModelError(f"models of the family {family!r} are not supported: {wiring_of(model).fault}")
     first, second = _sequences(model.config.vocab_size)
     try:
         packed, nll = _packed(model, first, second, device)
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, KeyError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, LookupError) as error:
         wiring_of(model).fault = str(error)
         raise ModelError(
             f"models of the family {family!r} are not supported: the packed forward failed ({error})"
         ) from error
     alone = [_alone(model, sequence, device) for sequence in (first, second)]
+    wiring_of(model).probed = True
     faults = _faults(packed, nll, alone, second, model.dtype, device)
     if faults:
         wiring_of(model).fault = "; ".join(faults)
@@ -84,5 +95,6 @@ def _error(got_TV: Tensor, wanted_TV: Tensor, dtype: torch.dtype) -> float:
     In bfloat16 single tokens (the first, of huge activations) may differ by a third between two right attentions;
     a wrong mask, position or head spoils most of them.
     """
-    errors_T = (got_TV - wanted_TV).abs().amax(-1) / wanted_TV.abs().amax(-1)
+    scale = wanted_TV.abs().amax(-1).clamp(min=1e-2 * wanted_TV.abs().max().item() + 1e-12)
+    errors_T = (got_TV - wanted_TV).abs().amax(-1) / scale
     return (errors_T.median() if dtype in HALF else errors_T.max()).item()

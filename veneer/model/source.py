@@ -34,6 +34,8 @@ class Source:
 
 def resolve(name: str) -> Source:
     """Raises ModelError when nothing of that name can be a model."""
+    if not name.strip():
+        raise ModelError("the base model's name is empty; wanted smollm2, a folder, a .gguf file, or a hub id")
     if name in PACKAGED:
         return _packaged(name)
     path = Path(name).expanduser()

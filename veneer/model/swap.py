@@ -10,7 +10,7 @@ from veneer.model.leaf import Leaf
 from veneer.model.norm import FrozenRMSNorm
 from veneer.model.packed import wiring_of
 
-# Class names whose arithmetic FrozenRMSNorm repeats to the bit; others keep the model's own code.
+# Class names whose arithmetic FrozenRMSNorm repeats (to rounding); others keep the model's own code.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
@@ -30,13 +30,19 @@ def linear_paths(model: nn.Module) -> list[str]:
     ]
 
 
+def check_adaptable(model: nn.Module, path: str) -> None:
+    """Raises ModelError when what stands at `path` is neither a plain linear layer nor a leaf."""
+    module = model.get_submodule(path)
+    if type(module) is not nn.Linear and not isinstance(module, Leaf):
+        raise ModelError(f"{path} is a {type(module).__name__}; an adapter goes on a plain linear layer")
+
+
 def leaf_at(model: nn.Module, path: str) -> Leaf:
     """The leaf at `path`, swapped in now if a plain linear layer stands there."""
     module = model.get_submodule(path)
     if isinstance(module, Leaf):
         return module
-    if type(module) is not nn.Linear:
-        raise ModelError(f"{path} is a {type(module).__name__}; an adapter goes on a plain linear layer")
+    check_adaptable(model, path)
     leaf = Leaf(Dense.from_linear(module), wiring_of(model), path)
     leaf.train(module.training)
     place(model, path, leaf)
