@@ -131,3 +131,8 @@ def test_no_layers_no_map(norms):
 @pytest.mark.parametrize("norms", [{"h.0.up": 0.0}, {'h.0.a"><b>$x$&': 0.2}, {f"h.{n}.up": 0.1 for n in range(400)}])
 def test_zero_updates_hostile_names_and_many_layers(norms):
     ElementTree.fromstring(plots.heat_map(plots.grid(norms), NARROW))
+
+
+def test_labels_keep_all_their_digits():
+    history = [{"split": "train", "step": step, "loss": 10.0 / 10**step} for step in range(5)]
+    assert ">0.001<" in plots.loss_curve(history)

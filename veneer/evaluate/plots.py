@@ -62,7 +62,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], width: int = WIDE) -> str:
     if not train and not held_out:
         return ""
     with _theme(f"loss-{width}"):
-        figure, axes = _figure(width, height=260 if width == WIDE else 210, left=52, bottom=42, top=24)
+        figure, axes = _figure(width, height=260 if width == WIDE else 210, left=68, bottom=42, top=24)
         _draw_train(axes, train)
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "-o", color=SECOND, linewidth=1.6, markersize=4, label="validation")
@@ -208,7 +208,8 @@ def _svg(figure: Figure, label: str) -> str:
     drawing = re.sub(r'<g id="tip:([^"]*)">', r"<g><title>\1</title>", drawing)
     drawing = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", drawing)  # two widths on one page would repeat the names
     drawing = re.sub(r" font-family: [^;\"]*;", "", drawing)
-    drawing = re.sub(r"(\d\.\d\d)\d+", r"\1", drawing)  # a hundredth of a pixel is enough
+    # A hundredth of a pixel is enough; inside tags only, because a label of 0.001 is not 0.00.
+    drawing = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), drawing)
     drawing = re.sub(r' (?:width|height)="[\d.]+pt"', "", drawing, count=2)
     for stand_in, colour in PAGE_COLOURS.items():
         drawing = drawing.replace(stand_in, colour)

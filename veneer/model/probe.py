@@ -27,7 +27,7 @@ def probe(model: nn.Module) -> None:
     family = getattr(model.config, "model_type", type(model).__name__)
     device = next(model.parameters()).device
     rotary = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rotary, *rotary.values()) if isinstance(part, dict)}
+    kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}
     if stretched := sorted(kinds & LENGTH_DEPENDENT):
         wiring_of(
             model
