@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from veneer.adapter.attach import attach, detach, find_targets, matches, merge_into, methods_of, take
+from veneer.adapter.attach import attach, detach, find_targets, merge_into, methods_of, take
 from veneer.adapter.card import Adapter
+from veneer.adapter.patterns import matched
 from veneer.config import LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, VeneerError, WrongBaseError
 from veneer.model.leaf import Leaf
@@ -123,7 +124,7 @@ def test_detach_of_an_untouched_model_does_nothing(pico):
 
 @pytest.mark.parametrize("name", ["", "a.b", "."])
 def test_names_that_no_slot_can_have(pico, name):
-    with pytest.raises(ConfigError, match="must not be empty or hold a dot"):
+    with pytest.raises(ConfigError, match="must not be empty, hold a dot"):
         attach(pico(), LoraSettings(), name)
 
 
@@ -244,9 +245,9 @@ def test_a_whole_path_is_one_layer(pico):
 
 @given(path=st.sampled_from([f"model.layers.{i}.self_attn.q_proj" for i in (1, 10, 11)]), end=st.integers(0, 4))
 def test_every_end_of_a_path_at_a_dot_names_it(path, end):
-    assert matches(path, ".".join(path.split(".")[end:]))
-    assert not matches(path, path.split(".")[-1][1:])  # not at a dot
-    assert matches(path, "layers.1.self_attn.q_proj") == (".1." in path)
+    assert matched(".".join(path.split(".")[end:]), [path])
+    assert not matched(path.split(".")[-1][1:], [path])  # not at a dot
+    assert bool(matched("layers.1.self_attn.q_proj", [path])) == (".1." in path)
 
 
 def test_targets_that_match_nothing_are_all_named_with_near_misses(pico):

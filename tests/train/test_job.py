@@ -44,7 +44,7 @@ def test_update_clips_steps_and_clears(pico: Any, job: Any, examples: Any) -> No
     one = job(pico, "one", examples(4), learning_rate=0.1, warmup_steps=0, max_grad_norm=0.5)
     before = one.flat.values_P.detach().clone()
     one.flat.grads_P.fill_(1.0)
-    facts = one.update()
+    facts = one.update(1.0)
     assert facts == {"learning_rate": 0.1, "grad_norm": pytest.approx(len(one.flat) ** 0.5)}
     # Adam's first step is the rate, whatever the gradient's size
     torch.testing.assert_close(one.flat.values_P.detach(), before - 0.1, rtol=0, atol=1e-5)
@@ -58,10 +58,19 @@ def test_update_leaves_all_as_it_was_where_the_gradient_is_not_finite(pico: Any,
     one = job(pico, "one", examples(4))
     before = one.flat.values_P.detach().clone()
     one.flat.grads_P[0] = math.nan
-    assert math.isnan(one.update()["grad_norm"])
+    assert math.isnan(one.update(1.0)["grad_norm"])
     assert torch.equal(one.flat.values_P, before)
     assert one.step == 0
     assert not one.flat.grads_P.any()
+
+
+def test_update_leaves_the_values_where_only_the_loss_is_not_finite(pico: Any, job: Any, examples: Any) -> None:
+    one = job(pico, "one", examples(4))
+    before = one.flat.values_P.detach().clone()
+    one.flat.grads_P.fill_(0.25)
+    one.update(math.inf)
+    assert torch.equal(one.flat.values_P, before)
+    assert one.step == 0
 
 
 def test_patience_counts_validations_without_gain(pico: Any, job: Any, examples: Any) -> None:
@@ -84,7 +93,7 @@ def test_state_and_restore_are_inverse(pico: Any, job: Any, examples: Any, run_l
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     for job_ in (one, two):  # and the next step is the same, to the bit
         job_.flat.grads_P.fill_(0.25)
-        job_.update()
+        job_.update(1.0)
     assert torch.equal(one.flat.values_P, two.flat.values_P)
 
 

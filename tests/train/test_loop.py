@@ -111,7 +111,8 @@ def test_a_loss_that_is_not_finite_stops_its_job_alone(pico: Any, made: Any, run
     with pytest.raises(NonFiniteLossError) as caught:
         run_loop(pico, *jobs, watch=poison)
     message = str(caught.value)
-    rows = sorted({example.row + 1 for example in jobs[1].rows(0)})
+    micros = range(jobs[1].settings.gradient_accumulation_steps)
+    rows = sorted({example.row + 1 for micro in micros for example in jobs[1].rows(micro)})[:8]
     for part in ("dropping", "step 4 of 14", "loss nan", "learning rate 0.00", f"rows {rows}", "--learning-rate"):
         assert part in message
     assert "plain" not in message
@@ -197,3 +198,12 @@ def test_without_validation_rows_nothing_is_validated(pico: Any, job: Any, examp
     facts = run_loop(pico, one)
     assert {fact["split"] for *_, fact in facts} == {"train"}
     assert (one.step, one.best_P, one.stopped_early) == (6, None, False)
+
+
+def test_tokens_and_seconds_add_up_over_all_steps(pico: Any, made: Any, run_loop: Any) -> None:
+    lines: list[dict] = []
+    (job,) = made(pico, "plain")
+    run_loop(pico, job, watch=lambda _job, facts: lines.append(facts))
+    steps = [line for line in lines if line["split"] == "train"]
+    assert job.tokens == sum(line["tokens"] for line in steps) > 0
+    assert job.seconds == pytest.approx(sum(line["seconds"] for line in steps))

@@ -33,16 +33,14 @@ def test_a_line_a_step(one: Any, tmp_path: Path) -> None:
     first, _, last = _lines(tmp_path)
     assert first == {"job": "one", "step": 1, "epoch": 0.5, **_facts()}
     assert (last["split"], last["loss"], last["step"]) == ("eval", 2.5, 2)
-    assert (record.seconds, record.tokens) == (1.0, 20)  # of training alone
 
 
-def test_logging_steps_thin_the_lines_but_not_the_sums(pico: Any, job: Any, examples: Any, tmp_path: Path) -> None:
+def test_logging_steps_thin_the_lines(pico: Any, job: Any, examples: Any, tmp_path: Path) -> None:
     one = job(pico, "one", examples(8), max_steps=5, logging_steps=2)
     with Recorder(tmp_path, [one], progress=False) as record:
         for one.step in range(1, 6):
             record(one, _facts())
     assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 5]
-    assert record.tokens == 50
 
 
 def test_what_is_not_finite_is_null(one: Any, tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ def stream(
 def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     empty = [number for number, prompt in enumerate(prompts, start=1) if not len(prompt)]
     if empty:
-        raise DataError(f"prompts without a token cannot be continued: number {', '.join(map(str, empty[:5]))}")
+        raise DataError(
+            f"empty prompts cannot be continued: number {', '.join(map(str, empty[:5]))}; each needs at least one token"
+        )
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
