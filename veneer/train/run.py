@@ -111,8 +111,8 @@ def train(
     for note in notes:
         say(f"note: {note}")
     with Recorder(output, [job], progress) as record:
-        save = lambda jobs: checkpoint.save(output, jobs, identity, config.train.save_total_limit)  # noqa: E731
-        loop(loaded.model, [job], record=record, save=save)
+        keep = config.train.save_total_limit
+        loop(loaded.model, [job], record=record, save=lambda jobs: checkpoint.save(output, jobs, identity, keep))
     notes += _verdict(job)
     result = _result(config, job, notes)
     facts = {
