@@ -59,6 +59,11 @@ def test_both_products_are_those_of_the_dense_weight(name, dtype, outside, insid
     assert w_OI.dtype == torch.float32 and w_OI.shape == (outside, inside) == (base.out_features, base.in_features)
     near(base.matmul(x_TI), x_TI, w_OI.t(), x_TI.double() @ w_OI.double().t(), dtype)
     near(base.matmul_t(g_TO), g_TO, w_OI, g_TO.double() @ w_OI.double(), dtype)
+    held_TI = torch.randn(tokens, inside, generator=generator).to(dtype)
+    into_TI = held_TI.clone()
+    assert base.matmul_t(g_TO, into_TI) is into_TI
+    left, right = torch.cat([held_TI, g_TO], 1), torch.cat([torch.eye(inside), w_OI])  # held + g W as one product
+    near(into_TI, left, right, left.double() @ right.double(), dtype)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from veneer.bases.dense import Dense
-from veneer.kernels.lora import Piece, lora_linear
+from veneer.kernels.lora import Piece, lora_linear, lora_linears
 from veneer.methods.lora import LoRA
 
 # Both sides are float64 sums of at most 40 terms of size 1, in different orders: 40 · 2⁻⁵³ is 5e-15.
@@ -53,7 +53,7 @@ def by_delta(x_TI, base, pieces, factors):
     """The same layer from its parts: the plain product, and `LoRA.delta` on the rows of each piece."""
     y_TO = x_TI @ base.weight.t()
     total = y_TO if base.bias is None else y_TO + base.bias
-    for start, stop, pair, scale in pieces:
+    for start, stop, pair, scale, _ in pieces:
         holder = SimpleNamespace(a_RI=factors[pair][0], b_OR=factors[pair][1], scale=scale)  # the very tensors
         delta = LoRA.delta(holder, x_TI[start:stop], y_TO[start:stop], base)
         above, below = delta.new_zeros(start, delta.shape[1]), delta.new_zeros(len(x_TI) - stop, delta.shape[1])
@@ -110,6 +110,46 @@ def test_an_input_that_needs_no_gradient_gets_none(case):
     got, wanted = run(lora_linear, case, x_grad=False), run(by_delta, case, x_grad=False)
     assert got[1] is None
     for mine, theirs in zip(got[2], wanted[2], strict=True):
+        assert_same(mine, theirs, **EXACT)
+
+
+@given(
+    outsides=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    runs=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=3),
+    used=st.sets(st.integers(0, 2), min_size=1),
+    x_grad=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_layers_together_equal_each_alone(outsides, runs, used, x_grad, seed):
+    """Pieces of the same rows in several layers share products; some layers have none; an output may go unused."""
+    generator = torch.Generator().manual_seed(seed)
+    bases = [layer(5, outside, number == 1, generator, torch.float64) for number, outside in enumerate(outsides)]
+    pieces, factors = [], []
+    for number, outside in enumerate(outsides):
+        for start, stop in runs:
+            if torch.rand(1, generator=generator) < 0.7:
+                rank = int(torch.randint(1, 4, (1,), generator=generator))
+                pieces.append(Piece(min(start, stop), max(start, stop), len(factors), 0.5 + number, number))
+                factors += factor_pairs([rank], 5, outside, generator, torch.float64)
+    x_TI = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    weights = [torch.randn(8, outside, generator=generator, dtype=torch.float64) for outside in outsides]
+
+    def found(forward):
+        x = x_TI.clone().requires_grad_(x_grad)
+        pairs = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in factors]
+        ys = forward(x, pairs)
+        loss = sum((y * w).sum() for n, (y, w) in enumerate(zip(ys, weights, strict=True)) if n in used)
+        if isinstance(loss, torch.Tensor) and loss.requires_grad:
+            loss.backward()
+        return [*ys, x.grad, *(factor.grad for pair in pairs for factor in pair)]
+
+    def alone(x, pairs):
+        return [
+            lora_linear(x, base, [piece._replace(layer=0) for piece in pieces if piece.layer == number], pairs)
+            for number, base in enumerate(bases)
+        ]
+
+    for mine, theirs in zip(found(lambda x, ps: lora_linears(x, bases, pieces, ps)), found(alone), strict=True):
         assert_same(mine, theirs, **EXACT)
 
 

@@ -5,6 +5,7 @@ Legend: T tokens, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -20,8 +21,17 @@ from veneer.model.stream import Stream, pack
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=7)
 
 
-def stream_of(lengths, device="cpu") -> Stream:
-    return pack([[1] * n for n in lengths], device=device)
+@st.composite
+def shapes(draw) -> tuple[list[int], list[int | None]]:
+    """Lengths of segments, and for some of them an earlier one that they continue."""
+    drawn = draw(lengths)
+    continued = [None, *(draw(st.none() | st.integers(0, i - 1)) for i in range(1, len(drawn)))]
+    return drawn, continued
+
+
+def stream_of(lengths, parents=(), device="cpu") -> Stream:
+    stream = pack([[1] * n for n in lengths], device=device)
+    return dataclasses.replace(stream, parents=tuple(parents) or stream.parents)
 
 
 def inputs(
@@ -33,8 +43,8 @@ def inputs(
     return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
-def packed(q, k, v, lengths, scaling=None) -> Tensor:
-    stream = stream_of(lengths, q.device)
+def packed(q, k, v, lengths, scaling=None, parents=()) -> Tensor:
+    stream = stream_of(lengths, parents, q.device)
     out, weights = packed_attention(
         None, *(x.transpose(1, 2) for x in (q, k, v)), None, scaling=scaling, veneer_stream=stream
     )
@@ -42,27 +52,33 @@ def packed(q, k, v, lengths, scaling=None) -> Tensor:
     return out
 
 
-def by_definition(q, k, v, lengths, scaling=None) -> Tensor:
-    """softmax(q k' · scale + causal) v of each segment and head alone, in float64: (1, T, H, D)."""
+def by_definition(q, k, v, lengths, scaling=None, parents=()) -> Tensor:
+    """softmax(q k' · scale + causal) v of each segment and head alone, in float64: (1, T, H, D). The keys of a segment
+    are all of the segments that it continues, and its own up to the query."""
     q, k, v = (x.double()[0] for x in (q, k, v))
     scaling, groups = q.shape[-1] ** -0.5 if scaling is None else scaling, q.shape[1] // k.shape[1]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     parts = []
-    for start, stop in zip(stream_of(lengths).starts, stream_of(lengths).starts[1:], strict=False):
+    for segment, n in enumerate(lengths):
+        keys, parent = [*range(starts[segment], starts[segment] + n)], (parents or [None] * len(lengths))[segment]
+        while parent is not None:
+            keys = [*range(starts[parent], starts[parent + 1]), *keys]
+            parent = parents[parent]
         heads = []
         for head in range(q.shape[1]):
-            scores = q[start:stop, head] @ k[start:stop, head // groups].t() * scaling
-            scores = scores + torch.full_like(scores, float("-inf")).triu(1)
-            heads.append(scores.softmax(-1) @ v[start:stop, head // groups])
+            scores = q[keys[-n:], head] @ k[keys, head // groups].t() * scaling
+            scores = scores + torch.full_like(scores, float("-inf")).triu(1 + len(keys) - n)
+            heads.append(scores.softmax(-1) @ v[keys, head // groups])
         parts.append(torch.stack(heads, 1))
     return torch.cat(parts)[None]
 
 
-def both(case, lengths, scaling=None):
+def both(case, lengths, scaling=None, parents=()):
     """Outputs and gradients for q, k, v of the packed way and of the definition."""
     results = []
     for forward in (packed, by_definition):
         leaves = [x.detach().clone().requires_grad_() for x in case]
-        out = forward(*leaves, lengths, scaling)
+        out = forward(*leaves, lengths, scaling, parents)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
         results.append([out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)])
     return results
@@ -70,17 +86,18 @@ def both(case, lengths, scaling=None):
 
 @settings(max_examples=50)
 @given(
-    lengths=lengths,
+    shape=shapes(),
     heads=st.integers(1, 3),
     groups=st.integers(1, 4),
     size=st.sampled_from([2, 8, 16]),
     scaling=st.sampled_from([None, 0.5]),
     short=st.sampled_from([0, 10, attention.SHORT]),
 )
-def test_it_is_causal_attention_within_each_segment(lengths, heads, groups, size, scaling, short):
-    """Any lengths and heads, through buckets, through the flash kernel (SHORT 0) and through both."""
-    with mock.patch.object(attention, "SHORT", short):
-        got, wanted = both(inputs(lengths, heads, groups, size), lengths, scaling)
+def test_it_is_causal_attention_within_each_chain(shape, heads, groups, size, scaling, short):
+    """Any lengths, chains and heads, through buckets, through the flash kernel (SHORT 0) and through both."""
+    lengths, parents = shape
+    with mock.patch.object(attention, "SHORT", short), mock.patch.object(attention, "BUCKET", 20):
+        got, wanted = both(inputs(lengths, heads, groups, size), lengths, scaling, parents)
     for mine, theirs in zip(got, wanted, strict=True):
         # float32: scores of size 4 are off by 4 · 2⁻²³, sums of 30 terms by a few ulp more. Seen: 2e-6.
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=2e-5)
@@ -104,10 +121,11 @@ def test_bfloat16_is_off_by_the_rounding_of_its_values_only(short):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_same_on_cuda(dtype, groups):
+@pytest.mark.parametrize("parents", [(), (None, 0, 1, None, 0)])
+def test_the_same_on_cuda(dtype, groups, parents):
     lengths = [30, 7, 1, 22, 700]
     case = [x.detach() for x in inputs(lengths, 2, groups, 64, dtype, "cuda")]
-    got, wanted = both(case, lengths)
+    got, wanted = both(case, lengths, parents=parents)
     for mine, theirs in zip(got, wanted, strict=True):
         bound = 1e-5 if dtype == torch.float32 else 4 * 2**-9
         assert (mine.double() - theirs.double()).norm() < bound * theirs.double().norm()
@@ -134,16 +152,19 @@ def test_nan_in_one_segment_stays_there(lengths, broken, short):
         torch.testing.assert_close(mine[:, others], wanted[:, others])
 
 
-@given(lengths=lengths, short=st.sampled_from([0, 10, attention.SHORT]))
-def test_buckets_hold_every_row_once_and_waste_little(lengths, short):
-    with mock.patch.object(attention, "SHORT", short):
-        buckets = Buckets(stream_of(lengths), 1)
-    held = [rows_NL[real_NL] for rows_NL, real_NL in zip(buckets.rows, buckets.real, strict=True)]
-    assert sorted(row for rows in [*held, *buckets.long] for row in rows.tolist()) == list(range(sum(lengths)))
-    assert sorted(len(rows) for rows in buckets.long) == sorted(n for n in lengths if n > short)
-    for rows_NL, real_NL in zip(buckets.rows, buckets.real, strict=True):
-        assert rows_NL.shape[1] <= short
-        assert (5 * real_NL.sum(1) >= 3 * rows_NL.shape[1]).all()  # every member is at least 3/5 of the longest
+@given(shape=shapes(), short=st.sampled_from([0, 10, attention.SHORT]), bucket=st.sampled_from([0, 50, 10**6]))
+def test_buckets_hold_every_short_segment_once_and_pad_for_less_than_a_bucket_costs(shape, short, bucket):
+    stream = stream_of(*shape)
+    with mock.patch.object(attention, "SHORT", short), mock.patch.object(attention, "BUCKET", bucket):
+        buckets = Buckets(stream, 1)
+    sizes = list(zip(stream.lengths, stream.seen, strict=True))
+    assert sorted([i for group in buckets.members for i in group] + buckets.long) == list(range(len(sizes)))
+    assert set(buckets.long) == {i for i, (queries, keys) in enumerate(sizes) if queries * keys > short**2}
+    for group, rows_NL, keys_NM in zip(buckets.members, buckets.queries.rows, buckets.keys.rows, strict=True):
+        most = [max(column) for column in zip(*(sizes[i] for i in group), strict=True)]
+        assert [rows_NL.shape, keys_NM.shape] == [(len(group), most[0]), (len(group), most[1])]
+        needed = sum(queries * keys for queries, keys in (sizes[i] for i in group))
+        assert rows_NL.shape[0] * rows_NL.shape[1] * keys_NM.shape[1] <= needed + (len(group) - 1) * bucket
 
 
 def test_buckets_are_made_once_a_stream():

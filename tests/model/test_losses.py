@@ -22,7 +22,7 @@ from veneer.errors import VeneerError
 from veneer.model import losses
 from veneer.model.losses import head_nll, sequence_nll, targets_of
 from veneer.model.packed import speaking
-from veneer.model.stream import pack
+from veneer.model.stream import SHARED, pack
 
 
 @dataclasses.dataclass
@@ -47,11 +47,29 @@ def test_targets_are_predicted_from_the_token_before(rows):
     stream = pack([row.input_ids for row in rows])
     targets = targets_of(stream, [row.targets for row in rows])
     wanted, start = [], 0
-    for segment, row in enumerate(rows):
-        wanted += [(start + i - 1, row.input_ids[i], segment) for i in range(1, len(row.input_ids)) if row.targets[i]]
+    for number, row in enumerate(rows):
+        wanted += [(start + i - 1, row.input_ids[i], number) for i in range(1, len(row.input_ids)) if row.targets[i]]
         start += len(row.input_ids)
-    found = zip(targets.rows_N.tolist(), targets.tokens_N.tolist(), targets.segments_N.tolist(), strict=True)
-    assert list(found) == wanted
+    assert triples(targets) == wanted
+
+
+def triples(targets) -> list[tuple[int, int, int]]:
+    columns = (targets.rows_M, targets.tokens_M, targets.sequences_M)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def test_targets_of_sequences_that_share_their_beginning():
+    """The first token after it is predicted from its last row, in each sequence; a target in it counts for each."""
+    begin = list(range(20, 20 + SHARED))
+    sequences = [[*begin, 1, 2], [*begin, 3]]
+    stream = pack(sequences, share=True, multiple=8)
+    assert (stream.lengths, stream.parents, stream.last) == ((16, 2, 1, 5), (None, 0, 0, None), (1, 2))
+    trained = [[False] * 14 + [True] * 4, [False] * 14 + [True] * 3]
+    last = SHARED - 1
+    assert triples(targets_of(stream, trained)) == [
+        *((13, 34, 0), (14, 35, 0), (last, 1, 0), (16, 2, 0)),
+        *((13, 34, 1), (14, 35, 1), (last, 3, 1)),
+    ]
 
 
 # The head.
@@ -62,9 +80,10 @@ def test_targets_are_predicted_from_the_token_before(rows):
     vocabulary=st.integers(1, 30),
     bias=st.booleans(),
     chunk=st.integers(1, 21),
+    block=st.integers(1, 21),
     seed=st.integers(0, 999),
 )
-def test_the_chunked_head_is_cross_entropy_of_the_logits(targets, vocabulary, bias, chunk, seed):
+def test_the_chunked_head_is_cross_entropy_of_the_logits(targets, vocabulary, bias, chunk, block, seed):
     """Values and gradients, also where the last chunk is short or there is no target at all."""
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(6, vocabulary, bias=bias)
@@ -74,7 +93,7 @@ def test_the_chunked_head_is_cross_entropy_of_the_logits(targets, vocabulary, bi
     hidden = torch.randn(targets, 6, generator=generator).requires_grad_()
     tokens = torch.randint(vocabulary, (targets,), generator=generator)
     g = torch.randn(targets, generator=generator)
-    with mock.patch.object(losses, "CHUNK", chunk):
+    with mock.patch.object(losses, "CHUNK", chunk), mock.patch.object(losses, "BLOCK", block):
         nll = head_nll(hidden, head, tokens)
         (got,) = torch.autograd.grad(nll, hidden, g)
     wanted = F.cross_entropy(head(hidden), tokens, reduction="none")
@@ -99,10 +118,10 @@ def test_the_real_chunk_size_at_its_borders(targets):
 
 def test_only_a_chunk_of_logits_exists_at_a_time():
     seen = []
-    logits = losses._logits
+    turned = losses._to_gradients
     with (
         mock.patch.object(losses, "CHUNK", 3),
-        mock.patch.object(losses, "_logits", side_effect=lambda h, *args: seen.append(len(h)) or logits(h, *args)),
+        mock.patch.object(losses, "_to_gradients", side_effect=lambda x, *args: seen.append(len(x)) or turned(x, *args)),
     ):
         head_nll(torch.randn(8, 4), nn.Linear(4, 5), torch.zeros(8, dtype=torch.int64))
     assert seen == [3, 3, 2]

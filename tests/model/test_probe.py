@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -40,9 +41,12 @@ def test_a_right_model_passes_and_is_unchanged(model, dtype):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+TO_GRADIENTS = losses._to_gradients
+
+
 class NoMask(attention.Buckets):
-    def later(self, heads):
-        return [torch.zeros_like(later_XL) for later_XL in super().later(heads)]
+    def _mask(self, sizes):
+        return torch.zeros_like(super()._mask(sizes))
 
 
 class OneSegment(attention.Buckets):
@@ -50,16 +54,22 @@ class OneSegment(attention.Buckets):
         super().__init__(pack([[1] * sum(stream.lengths)]), kv_heads)
 
 
+class NoChains(attention.Buckets):
+    def __init__(self, stream, kv_heads):
+        super().__init__(dataclasses.replace(stream, parents=()), kv_heads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "broken, message",
     [
-        (mock.patch.object(attention, "Buckets", NoMask), "first of two packed segments.*second of two"),
-        (mock.patch.object(attention, "Buckets", OneSegment), "second of two packed segments"),
-        (mock.patch.object(losses, "_logits", lambda h, w, b: (h @ w.t()).float() * 1.3), "loss in chunks differs"),
+        (mock.patch.object(attention, "Buckets", NoMask), "first of three packed sequences.*second of three"),
+        (mock.patch.object(attention, "Buckets", OneSegment), "third of three packed sequences"),
+        (mock.patch.object(attention, "Buckets", NoChains), "first of three packed sequences.*second of three"),
+        (mock.patch.object(losses, "_to_gradients", lambda *args: TO_GRADIENTS(*args) * 1.3), "loss in chunks differs"),
         (mock.patch.object(attention, "_segments", side_effect=KeyError("lost")), "packed forward failed.*lost"),
     ],
-    ids=["mask", "borders", "head", "crash"],
+    ids=["mask", "borders", "chains", "head", "crash"],
 )
 def test_each_fault_is_found_and_named(model, dtype, broken, message):
     model.to(dtype)
@@ -75,12 +85,12 @@ def test_wrong_positions_are_found(model):
     class Shifted:
         def __call__(self, *args, **kwargs):
             stream = pack(*args, **kwargs)
-            stream.positions_T[7:] += torch.arange(5) * 2
+            stream.positions_T[-11:] += torch.arange(11) * 2
             return stream
 
     with (
         mock.patch.object(probing, "pack", Shifted()),
-        pytest.raises(ModelError, match="second of two packed segments"),
+        pytest.raises(ModelError, match="third of three packed sequences"),
     ):
         probe(model)
 
@@ -101,7 +111,7 @@ def test_a_head_that_is_capped_or_scaled_is_found(model):
 
 def test_nan_weights_are_found(model):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ModelError, match="packed segments is nan"):
+    with pytest.raises(ModelError, match="packed sequences is nan"):
         probe(model)
 
 

@@ -59,8 +59,7 @@ def job() -> Callable[..., Job]:
     ) -> Job:
         settings = TrainSettings(**{"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, **given})
         attach(model, LoraSettings(**{"r": 4, **(lora or {})}), slot, seed=settings.seed)
-        parameters = [p for method in methods_of(model, slot).values() for p in method.parameters()]
-        return Job(slot, settings, train, validation, settings.learning_rate, parameters)
+        return Job(slot, settings, train, validation, settings.learning_rate, methods_of(model, slot))
 
     return make
 

@@ -105,7 +105,7 @@ def test_training_learns_and_leaves_the_base_alone(loud: Any, job: Any, examples
 def test_a_loss_that_is_not_finite_stops_its_job_alone(pico: Any, made: Any, run_loop: Any) -> None:
     def poison(job: Any, facts: dict) -> None:
         if (job.slot, job.step, facts["split"]) == ("dropping", 3, "train"):
-            job.parameters[0].data[0, 0] = math.nan
+            next(iter(job.methods.values())).a_RI.data[0, 0] = math.nan
 
     jobs = made(pico, *JOBS)
     with pytest.raises(NonFiniteLossError) as caught:

@@ -30,8 +30,8 @@ class Base(nn.Module):
         """x W', (T, O) in x's dtype; not differentiable, without bias."""
         raise NotImplementedError
 
-    def matmul_t(self, g_TO: Tensor) -> Tensor:
-        """g W, (T, I): the product of the backward pass."""
+    def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
+        """g W, (T, I): the product of the backward pass. With `into`, added to it in place, and `into` comes back."""
         raise NotImplementedError
 
     def dense(self) -> Tensor:

@@ -28,8 +28,11 @@ class Dense(Base):
     def matmul(self, x_TI: Tensor) -> Tensor:
         return torch.mm(x_TI.to(self.weight.dtype), self.weight.t()).to(x_TI.dtype)
 
-    def matmul_t(self, g_TO: Tensor) -> Tensor:
-        return torch.mm(g_TO.to(self.weight.dtype), self.weight).to(g_TO.dtype)
+    def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
+        if into is not None and into.dtype == g_TO.dtype == self.weight.dtype:
+            return into.addmm_(g_TO, self.weight)
+        product_TI = torch.mm(g_TO.to(self.weight.dtype), self.weight).to(g_TO.dtype)
+        return product_TI if into is None else into.add_(product_TI)
 
     def dense(self) -> Tensor:
         return self.weight.detach().to(torch.float32, copy=True)

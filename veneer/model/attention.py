@@ -1,9 +1,12 @@
-"""Attention within segments of a packed stream, registered with transformers under its public interfaces.
+"""Attention within the segments of a packed stream, registered with transformers under its public interfaces.
 
-Legend: T tokens, H query heads, K key-value heads, G = H / K, D head size; N segments of one bucket, L its longest.
+Legend: T tokens, H query heads, K key-value heads, G = H / K, D head size; N segments of one bucket, L its longest run
+of queries, M its longest run of keys.
 
-CPU: short segments go through batched products with the softmax in float32 (`_Buckets`), because torch's flash backward
-costs 2-4 ms a call however small the segment is; long ones (> SHORT) through torch's flash kernel, one call each.
+The queries of a segment are its own tokens, its keys those of its whole chain: of what it continues, and its own.
+
+CPU: short segments go through batched products with the softmax in float32 (`Buckets`), because torch's flash backward
+costs 2-4 ms a call however small the segment is; long ones (> SHORT²) through torch's flash kernel, one call each.
 CUDA in half precision: one varlen flash kernel over the whole stream; in float32 as on the CPU.
 """
 
@@ -18,10 +21,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from veneer.model.stream import Stream
+from veneer.model.stream import Stream, running_sums
 
 ATTENTION = "veneer_packed"  # our name among transformers' attention implementations
-SHORT = 640  # tokens; above it the (L, L) matrices cost more memory than the flash kernel's backward costs time
+# Tokens; a segment of more than SHORT² scores a head is long: they would cost more memory than the flash kernel's
+# backward costs time.
+SHORT = 640
+# Scores a head whose computing takes as long as a bucket's dozen calls (measured: 12 to 14 thousand with 9 heads).
+BUCKET = 12_000
 
 
 def packed_attention(
@@ -50,9 +57,25 @@ def packed_attention(
 def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x.transpose(0, 1) for x in (q_HTD, _repeated(k_KTD, q_HTD), _repeated(v_KTD, q_HTD)))
-    longest, starts = max(stream.lengths), stream.starts_S1
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+    plan = stream.plans.get("varlen") or stream.plans.setdefault("varlen", Varlen(stream))
+    keys = (x if plan.keys is None else x.index_select(1, plan.keys) for x in (k_KTD, v_KTD))
+    q, k, v = (x.transpose(0, 1) for x in (q_HTD, *(_repeated(x, q_HTD) for x in keys)))
+    # Each segment's queries are the last of its keys: the kernel's causal mask is aligned at the end.
+    return varlen_attn(
+        q, k, v, plan.starts, plan.key_starts, plan.longest, plan.longest_keys, scale=scale, window_size=(-1, 0)
+    )
+
+
+class Varlen:
+    """What the varlen kernel asks for: int32 starts of queries and keys, and which rows the keys are."""
+
+    def __init__(self, stream: Stream) -> None:
+        device = stream.token_ids_T.device
+        self.starts = torch.tensor(stream.starts, dtype=torch.int32, device=device)
+        self.key_starts = torch.tensor(running_sums(stream.seen), dtype=torch.int32, device=device)
+        self.longest, self.longest_keys = max(stream.lengths), max(stream.seen)
+        rows = [row for segment in range(len(stream.lengths)) for row in stream.rows_of(segment)]
+        self.keys = torch.tensor(rows, device=device) if stream.branches else None  # None: the stream's own rows
 
 
 def _repeated(x_KTD: Tensor, q_HTD: Tensor) -> Tensor:
@@ -63,189 +86,200 @@ def _repeated(x_KTD: Tensor, q_HTD: Tensor) -> Tensor:
 def _segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
     kv_heads = k_KTD.shape[0]
     buckets = stream.plans.get(kv_heads) or stream.plans.setdefault(kv_heads, Buckets(stream, kv_heads))
-    if buckets.rows:
+    if buckets.members:
         out_THD = _BucketAttention.apply(q_HTD, k_KTD, v_KTD, buckets, scale)
     else:
         out_THD = torch.zeros_like(q_HTD.transpose(0, 1))
     for segment in buckets.long:
-        out_THD = out_THD.index_copy(0, segment, _flash(q_HTD, k_KTD, v_KTD, segment, scale))
+        rows = torch.arange(*stream.starts[segment : segment + 2], device=q_HTD.device)
+        out_THD = out_THD.index_copy(0, rows, _flash(q_HTD, k_KTD, v_KTD, stream, segment, scale))
     return out_THD
 
 
-def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, segment: Tensor, scale: float) -> Tensor:
-    rows = slice(int(segment[0]), int(segment[-1]) + 1)
-    q, k, v = (x[None, :, rows] for x in (q_HTD, _repeated(k_KTD, q_HTD), _repeated(v_KTD, q_HTD)))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, segment: int, scale: float) -> Tensor:
+    runs = [slice(*stream.starts[i : i + 2]) for i in stream.chains[segment]]
+    q = q_HTD[None, :, runs[-1]]
+    k, v = (_repeated(torch.cat([x[:, run] for run in runs], 1), q_HTD)[None] for x in (k_KTD, v_KTD))
+    if len(runs) == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
+    before = k.shape[2] - q.shape[2]
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
 
 
 class Buckets:
-    """How the segments of a stream are gathered for batched products: row numbers, worked out once a stream.
+    """The short segments in groups for batched products, worked out once a stream.
 
-    A bucket is N segments of like length, each padded to L by repeating its last row. Padding comes after every real
-    token, so no real query sees it, and what it computes is never read. Every move between the stream and a bucket's
-    (K, N, G, L, D) is one gather of rows of head size D, forward and backward, whether the stream's tensor lies by
-    head (H, T, D) or by token (T, H, D).
+    A bucket is N segments of like size, their queries padded to L and their keys to M by repeating the last row. What a
+    padded query computes is never read, and the mask hides padded keys with all others that come after a query.
     """
 
     def __init__(self, stream: Stream, kv_heads: int) -> None:
+        sizes = list(zip(stream.lengths, stream.seen, strict=True))
+        short = [i for i, (queries, keys) in enumerate(sizes) if queries * keys <= SHORT**2]
+        self.members = _groups(short, sizes)
+        self.long = [i for i in range(len(sizes)) if i not in set(short)]
+        rows = [torch.tensor(stream.rows_of(i)) for i in range(len(sizes))]
+        own = [rows[i][-n:] for i, n in enumerate(stream.lengths)]
+        self.queries = Moves([[own[i] for i in group] for group in self.members], stream, kv_heads)
+        self.keys = Moves([[rows[i] for i in group] for group in self.members], stream, kv_heads)
+        self.masks = [self._mask([sizes[i] for i in group]).to(stream.token_ids_T.device) for group in self.members]
+
+    def _mask(self, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """(N or 1, 1, 1, L, M): -inf where the key comes after the query, else 0."""
+        (longest, longest_keys) = (max(both) for both in zip(*sizes, strict=True))
+        before = sorted({keys - queries for queries, keys in sizes})
+        before = before if len(before) == 1 else [keys - queries for queries, keys in sizes]
+        last_seen = torch.tensor(before)[:, None, None] + torch.arange(longest)[:, None]
+        later = torch.arange(longest_keys) > last_seen
+        return torch.zeros(later.shape).masked_fill_(later, -torch.inf)[:, None, None]
+
+
+class Moves:
+    """Rows of the stream's tensors into buckets and back: one gather each way, forward and backward, whether the
+    stream's tensor lies by head (H, T, D) or by token (T, H, D). Rows of a bucket are in the order (N, K, G, L).
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], stream: Stream, kv_heads: int) -> None:
         self.tokens, self.kv_heads, self.device = len(stream.token_ids_T), kv_heads, stream.token_ids_T.device
-        groups = _like_lengths([i for i, n in enumerate(stream.lengths) if n <= SHORT], stream.lengths)
-        self.rows = [_padded(stream, group) for group in groups]  # (N, L) each
-        self.real = [_real(stream, group) for group in groups]  # (N, L) each: False at padding
-        self.shapes = [tuple(rows.shape) for rows in self.rows]
-        long = [i for i, n in enumerate(stream.lengths) if n > SHORT]
-        self.long = [torch.arange(*stream.starts[i : i + 2], device=self.device) for i in long]
-        self._known: dict[tuple[str, int, bool], list[Tensor]] = {}
+        self.rows = [_padded(group) for group in groups]  # (N, L) each
+        self.real = [_real(group) for group in groups]  # (N, L) each: False at padding
+        self._known: dict[tuple[str, int, bool], Any] = {}
 
-    def gathers(self, heads: int, by_token: bool) -> list[Tensor]:
-        """For each bucket: the rows of a flat (H · T, D) or (T · H, D) tensor in the order (K, N, G, L)."""
-        return self._once("gather", heads, by_token, self._gathers)
+    def gathered(self, x_HTD: Tensor) -> list[Tensor]:
+        """(H, T, D) -> for each bucket (N · K, G · L, D)."""
+        heads, _, size = x_HTD.shape
+        by_token = lies_by_token(x_HTD)
+        flat = (x_HTD.transpose(0, 1) if by_token else x_HTD).reshape(-1, size)
+        indices = self._once("gather", heads, by_token, self._gathers)
+        return [
+            flat.index_select(0, index).view(len(rows) * self.kv_heads, -1, size)
+            for index, rows in zip(indices, self.rows, strict=True)
+        ]
 
-    def back(self, heads: int, by_token: bool) -> Tensor:
-        """For each (head, token) or (token, head): its row among all buckets' (K, N, G, L); 0 for long segments."""
-        return self._once("back", heads, by_token, self._back)[0]
-
-    def later(self, heads: int) -> list[Tensor]:
-        """For each bucket (G · L, L): -inf where the key comes after the query, else 0."""
-        return self._once("later", heads, False, self._later)
+    def summed(self, parts: Sequence[Tensor], heads: int, by_token: bool) -> Tensor:
+        """The buckets' rows back in the stream's order, (H, T, D): a row in several buckets is summed over them, one in
+        none is zero."""
+        flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+        places, bags = self._once("back", heads, by_token, self._back)
+        # A bag sums in float32 and rounds once.
+        rows = flat.index_select(0, places) if bags is None else torch.embedding_bag(flat, places, bags)[0]
+        if by_token:
+            return rows.view(self.tokens, heads, -1).transpose(0, 1)
+        return rows.view(heads, self.tokens, -1)
 
     def padding(self, heads: int) -> list[Tensor]:
-        """For each bucket: the rows of (K, N, G, L) that are padding."""
+        """For each bucket: the rows of (N, K, G, L) that are padding."""
         return self._once("padding", heads, False, self._padding)
 
-    def _once(self, what: str, heads: int, by_token: bool, make: Callable[[int, bool], list[Tensor]]) -> list[Tensor]:
+    def _once(self, what: str, heads: int, by_token: bool, make: Callable[[int, bool], Any]) -> Any:
         key = (what, heads, by_token)
         if key not in self._known:
-            self._known[key] = [index.to(self.device) for index in make(heads, by_token)]
+            self._known[key] = [x if x is None else x.to(self.device) for x in make(heads, by_token)]
         return self._known[key]
 
     def _gathers(self, heads: int, by_token: bool) -> list[Tensor]:
+        """For each bucket: rows of the flat (H · T, D) or (T · H, D) tensor."""
         flat = torch.arange(heads * self.tokens)
-        ids_HT = flat.view(self.tokens, heads).t() if by_token else flat.view(heads, self.tokens)
-        return [self._ordered(ids_HT[:, rows_NL]) for rows_NL in self.rows]
+        ids_TH = flat.view(self.tokens, heads) if by_token else flat.view(heads, self.tokens).t()
+        return [ids_TH[rows_NL].transpose(1, 2).reshape(-1) for rows_NL in self.rows]
 
-    def _back(self, heads: int, by_token: bool) -> list[Tensor]:
-        places = torch.zeros(heads * self.tokens, dtype=torch.int64)
-        start = 0
-        for index, real_NL in zip(self._gathers(heads, by_token), self.real, strict=True):
-            kept = self._ordered(real_NL.expand(heads, *real_NL.shape))
-            places[index[kept]] = start + torch.arange(len(index))[kept]
-            start += len(index)
-        return [places]
-
-    def _later(self, heads: int, by_token: bool) -> list[Tensor]:
-        groups = heads // self.kv_heads
-        return [torch.full((n, n), -torch.inf).triu(1).repeat(groups, 1) for _, n in self.shapes]
+    def _back(self, heads: int, by_token: bool) -> tuple[Tensor, Tensor | None]:
+        """Places among all buckets' rows in the order of the stream's rows; where each row's begin, None: one each."""
+        kept = torch.cat([_each_head(real_NL, heads) for real_NL in self.real])
+        places = kept.nonzero().squeeze(1)
+        wanted = torch.cat(self._gathers(heads, by_token))[places]
+        counts = torch.bincount(wanted, minlength=heads * self.tokens)
+        places = places[wanted.argsort(stable=True)]
+        return places, (None if bool((counts == 1).all()) else counts.cumsum(0) - counts)
 
     def _padding(self, heads: int, by_token: bool) -> list[Tensor]:
-        ordered = [self._ordered(real_NL.expand(heads, *real_NL.shape)) for real_NL in self.real]
-        return [(~real).nonzero().squeeze(1) for real in ordered]
-
-    def _ordered(self, x_HNL: Tensor) -> Tensor:
-        """(H, N, L) -> flat (K, N, G, L)."""
-        heads, n, length = x_HNL.shape
-        return x_HNL.reshape(self.kv_heads, heads // self.kv_heads, n, length).transpose(1, 2).reshape(-1)
+        return [(~_each_head(real_NL, heads)).nonzero().squeeze(1) for real_NL in self.real]
 
 
-def _like_lengths(segments: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Groups whose members are at least 3/5 of their longest."""
+def lies_by_token(x_HTD: Tensor) -> bool:
+    return not x_HTD.is_contiguous()
+
+
+def _each_head(x_NL: Tensor, heads: int) -> Tensor:
+    """(N, L) -> flat (N, H, L)."""
+    return x_NL[:, None].expand(-1, heads, -1).reshape(-1)
+
+
+def _groups(segments: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Buckets: a segment joins the one where it adds the fewest scores, unless a bucket of its own costs less."""
     groups: list[list[int]] = []
-    for index in sorted(segments, key=lambda i: -lengths[i]):
-        if groups and lengths[index] * 5 >= lengths[groups[-1][0]] * 3:
-            groups[-1].append(index)
+    for index in sorted(segments, key=lambda i: sizes[i], reverse=True):
+        added = [_scores([sizes[i] for i in (*group, index)]) - _scores([sizes[i] for i in group]) for group in groups]
+        if added and min(added) <= _scores([sizes[index]]) + BUCKET:
+            groups[added.index(min(added))].append(index)
         else:
             groups.append([index])
     return groups
 
 
-def _padded(stream: Stream, group: Sequence[int]) -> Tensor:
-    steps = torch.arange(stream.lengths[group[0]])
-    return torch.stack([stream.starts[i] + steps.clamp(max=stream.lengths[i] - 1) for i in group])
+def _scores(sizes: Sequence[tuple[int, int]]) -> int:
+    """Scores of a bucket for one head: members · most queries · most keys."""
+    return len(sizes) * max(queries for queries, _ in sizes) * max(keys for _, keys in sizes)
 
 
-def _real(stream: Stream, group: Sequence[int]) -> Tensor:
-    steps = torch.arange(stream.lengths[group[0]])
-    return torch.stack([steps < stream.lengths[i] for i in group])
+def _padded(group: Sequence[Tensor]) -> Tensor:
+    longest = max(len(rows) for rows in group)
+    return torch.stack([rows[torch.arange(longest).clamp(max=len(rows) - 1)] for rows in group])
+
+
+def _real(group: Sequence[Tensor]) -> Tensor:
+    longest = max(len(rows) for rows in group)
+    return torch.stack([torch.arange(longest) < len(rows) for rows in group])
 
 
 class _BucketAttention(torch.autograd.Function):
-    """Causal attention of all short segments: (H, T, D), (K, T, D), (K, T, D) -> (T, H, D).
+    """Causal attention of all short segments: (H, T, D), (K, T, D), (K, T, D) -> (T, H, D), zero in long segments.
 
-    Query heads that share a key head are stacked, so keys are not repeated. Rows of long segments come out undefined,
-    with gradient zero.
+    Query heads that share a key head are stacked, so keys are not repeated.
     """
 
     @staticmethod
     def forward(ctx: Any, q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, buckets: Buckets, scale: float) -> Tensor:
         saved, outs = [], []
-        gathered = (_gathered(x, buckets) for x in (q_HTD, k_KTD, v_KTD))
-        masks = buckets.later(q_HTD.shape[0])
-        for q, k, v, later_XL in zip(*gathered, masks, strict=True):
+        gathered = (buckets.queries.gathered(q_HTD), buckets.keys.gathered(k_KTD), buckets.keys.gathered(v_KTD))
+        for q, k, v, mask in zip(*gathered, buckets.masks, strict=True):
             # Scores in float32: rounded to bfloat16 they would be off by 1/256 of their size before the exponential.
             wide = torch.promote_types(q.dtype, torch.float32)
-            scores = torch.baddbmm(later_XL.to(wide), q.to(wide), k.to(wide).transpose(1, 2), alpha=scale)
+            scores = _scaled_bmm(q.to(wide), k.to(wide).transpose(1, 2), scale)
+            scores.view(-1, k_KTD.shape[0], q_HTD.shape[0] // k_KTD.shape[0], *mask.shape[-2:]).add_(mask)
             probs = torch.softmax(scores, -1).to(q.dtype)
             out = torch.bmm(probs, v)
-            outs.append(out.view(-1, q.shape[-1]))
+            outs.append(out)
             saved += [q, k, v, probs, out]
         ctx.save_for_backward(*saved)
-        ctx.buckets, ctx.scale, ctx.heads = buckets, scale, (q_HTD.shape[0], k_KTD.shape[0], k_KTD.shape[0])
-        ctx.by_token = [_lies_by_token(x) for x in (q_HTD, k_KTD, v_KTD)]
-        return _returned(outs, buckets, q_HTD.shape[0], by_token=True)
+        ctx.buckets, ctx.scale, ctx.heads = buckets, scale, (q_HTD.shape[0], k_KTD.shape[0])
+        ctx.by_token = [lies_by_token(x) for x in (q_HTD, k_KTD, v_KTD)]
+        return buckets.queries.summed(outs, q_HTD.shape[0], by_token=True).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, g_THD: Tensor) -> tuple[Any, ...]:
         buckets: Buckets = ctx.buckets
-        gradients: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        dqs, dks, dvs = [], [], []
         saved = ctx.saved_tensors  # once: under checkpointing it may be read only once
-        gs = _gathered(g_THD.transpose(0, 1), buckets)
-        for i, (g, padding) in enumerate(zip(gs, buckets.padding(g_THD.shape[1]), strict=True)):
+        gs = buckets.queries.gathered(g_THD.transpose(0, 1))
+        for i, (g, padding) in enumerate(zip(gs, buckets.queries.padding(g_THD.shape[1]), strict=True)):
             q, k, v, probs, out = saved[5 * i : 5 * i + 5]
             g.view(-1, g.shape[-1]).index_fill_(0, padding, 0.0)
-            # Softmax backward, P ∘ (dP - rowsum(P ∘ dP)), where the row sum is g · out: D products instead of L.
+            # Softmax backward, P ∘ (dP - rowsum(P ∘ dP)), where the row sum is g · out: D products instead of M.
             minus = torch.linalg.vecdot(g, out).neg_().unsqueeze(-1)
             ds = torch.baddbmm(minus, g, v.transpose(1, 2)).mul_(probs)
-            dq, dk = _scaled_bmm(ds, k, ctx.scale), _scaled_bmm(ds.transpose(1, 2), q, ctx.scale)
-            for into, gradient in zip(gradients, (dq, dk, torch.bmm(probs.transpose(1, 2), g)), strict=True):
-                into.append(gradient.view(-1, g.shape[-1]))
-        back = (
-            _returned(parts, buckets, heads, by_token)
-            for parts, heads, by_token in zip(gradients, ctx.heads, ctx.by_token, strict=True)
-        )
-        return (
-            *(x.transpose(0, 1) if by_token else x for x, by_token in zip(back, ctx.by_token, strict=True)),
-            None,
-            None,
-        )
+            dqs.append(_scaled_bmm(ds, k, ctx.scale))
+            dks.append(_scaled_bmm(ds.transpose(1, 2), q, ctx.scale))
+            dvs.append(torch.bmm(probs.transpose(1, 2), g))
+        (heads, kv_heads), (q_by, k_by, v_by) = ctx.heads, ctx.by_token
+        dq_HTD = buckets.queries.summed(dqs, heads, q_by)
+        dk_KTD, dv_KTD = buckets.keys.summed(dks, kv_heads, k_by), buckets.keys.summed(dvs, kv_heads, v_by)
+        return dq_HTD, dk_KTD, dv_KTD, None, None
 
 
 def _scaled_bmm(x: Tensor, y: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(x.new_empty(1), x, y, beta=0, alpha=scale)
-
-
-def _lies_by_token(x_HTD: Tensor) -> bool:
-    return not x_HTD.is_contiguous()
-
-
-def _gathered(x_HTD: Tensor, buckets: Buckets) -> list[Tensor]:
-    """(H, T, D) -> for each bucket (K · N, G · L, D)."""
-    heads, _, size = x_HTD.shape
-    by_token = _lies_by_token(x_HTD)
-    flat = (x_HTD.transpose(0, 1) if by_token else x_HTD).reshape(-1, size)
-    rows = buckets.gathers(heads, by_token)
-    return [
-        flat.index_select(0, index).view(buckets.kv_heads * n, -1, size)
-        for index, (n, _) in zip(rows, buckets.shapes, strict=True)
-    ]
-
-
-def _returned(parts: list[Tensor], buckets: Buckets, heads: int, by_token: bool) -> Tensor:
-    """The buckets' rows (K, N, G, L) back in the stream's order: (T, H, D) or (H, T, D); zero in long segments."""
-    rows = torch.cat(parts).index_select(0, buckets.back(heads, by_token))
-    out = rows.view(*((buckets.tokens, heads) if by_token else (heads, buckets.tokens)), -1)
-    for segment in buckets.long:
-        out.index_fill_(0 if by_token else 1, segment, 0.0)
-    return out
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -16,21 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.bases.base import Base
-from veneer.kernels.lora import Piece, lora_linear
 from veneer.methods.base import Method
 from veneer.methods.lora import LoRA
 from veneer.model.dropout import dropout_mask
 from veneer.model.packed import Wiring
+from veneer.model.siblings import Siblings
 from veneer.model.stream import Span
 
 
 class Leaf(nn.Module):
     """A frozen linear layer with slots."""
 
-    def __init__(self, base: Base, wiring: Wiring, path: str) -> None:
+    def __init__(self, base: Base, wiring: Wiring, path: str, siblings: Siblings | None = None) -> None:
         super().__init__()
         self.base, self.slots = base, nn.ModuleDict()
         self.wiring, self.path = wiring, path
+        self.siblings = siblings or Siblings()
+        self.siblings.add(self)
         self.register_load_state_dict_pre_hook(_restore_names)
 
     @property
@@ -54,11 +56,22 @@ class Leaf(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, slots={list(self.slots)}"
 
     def forward(self, x: Tensor) -> Tensor:
-        x_TI = x.reshape(-1, self.in_features)
-        spans = self._spans(x_TI.shape[0])
+        tokens = x.numel() // self.in_features
+        spans = self._spans(tokens)
         if not spans:
             return self.base.linear(x)
-        return self._adapted(x_TI, spans).view(*x.shape[:-1], self.out_features)
+        y_TO = self.siblings.output(self, x) if self.pieces(tokens) else self._by_delta(x, spans)
+        return y_TO.view(*x.shape[:-1], self.out_features)
+
+    def pieces(self, tokens: int) -> list[tuple[Span, LoRA]]:
+        """What the fused operation computes here beside the base; empty where it does not apply."""
+        pieces = []
+        for span in self._spans(tokens):
+            method = self.slots[span.slot]
+            if not isinstance(method, LoRA) or self._drops(span, method):
+                return []
+            pieces.append((span, method))
+        return pieces
 
     def _spans(self, tokens: int) -> Sequence[Span]:
         stream, voice = self.wiring.stream, self.wiring.voice
@@ -68,40 +81,32 @@ class Leaf(nn.Module):
             raise RuntimeError(f"{self.path}: got {tokens} rows, the running stream has {len(stream.token_ids_T)}")
         return [span for span in stream.spans if span.slot in self.slots]
 
-    def _adapted(self, x_TI: Tensor, spans: Sequence[Span]) -> Tensor:
-        methods = [self.slots[span.slot] for span in spans]
-        masks = [self._dropout(x_TI, span, method) for span, method in zip(spans, methods, strict=True)]
-        if all(isinstance(method, LoRA) for method in methods) and not any(mask is not None for mask in masks):
-            pieces = [
-                Piece(s.start, s.stop, i, m.scale * s.weight)
-                for i, (s, m) in enumerate(zip(spans, methods, strict=True))
-            ]
-            return lora_linear(x_TI, self.base, pieces, [(m.a_RI, m.b_OR) for m in methods])
-        return self._by_delta(x_TI, spans, methods, masks)
-
-    def _by_delta(
-        self, x_TI: Tensor, spans: Sequence[Span], methods: Sequence[Method], masks: Sequence[Tensor | None]
-    ) -> Tensor:
+    def _by_delta(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
         """The general way, for any method and for dropout: one delta a span."""
+        x_TI = x.reshape(-1, self.in_features)
         bias, y_TO = self.base.bias, self.base.linear(x_TI)
         parts = []
-        for span, method, mask in zip(spans, methods, masks, strict=True):
-            x, y = x_TI[span.start : span.stop], y_TO[span.start : span.stop]
-            x = x if mask is None else x * mask
-            delta = method.delta(x, y if bias is None else y - bias.to(y.dtype), self.base) * span.weight
-            parts.append(F.pad(delta, (0, 0, span.start, x_TI.shape[0] - span.stop)))
+        for span in spans:
+            method, rows = self.slots[span.slot], slice(span.start, span.stop)
+            x_here, y_here = x_TI[rows], y_TO[rows]
+            if self._drops(span, method):
+                x_here = x_here * self._mask(x_TI, span, method)
+            delta = method.delta(x_here, y_here if bias is None else y_here - bias.to(y_here.dtype), self.base)
+            parts.append(F.pad(delta * span.weight, (0, 0, span.start, x_TI.shape[0] - span.stop)))
         return y_TO + torch.stack(parts).sum(0)
 
-    def _dropout(self, x_TI: Tensor, span: Span, method: Method) -> Tensor | None:
-        """Inverted dropout mask for the method's input; None where nothing is dropped."""
-        if method.dropout == 0.0:
-            return None
-        stream, rows = self.wiring.stream, span.stop - span.start
-        if stream is not None:
-            key = stream.dropout_keys.get(span.slot)
-            return None if key is None else dropout_mask(key, self.path, rows, x_TI, method.dropout)
-        # An ordinary call, as transformers.Trainer makes it: torch's own generator, in training mode only.
-        return F.dropout(torch.ones_like(x_TI), method.dropout) if self.training else None
+    def _drops(self, span: Span, method: Method) -> bool:
+        """Whether the method's input is dropped from now: in a stream with a key for it, else in training mode."""
+        stream = self.wiring.stream
+        return method.dropout > 0 and (self.training if stream is None else span.slot in stream.dropout_keys)
+
+    def _mask(self, x_TI: Tensor, span: Span, method: Method) -> Tensor:
+        """Inverted dropout mask for the method's input."""
+        rows = span.stop - span.start
+        if self.wiring.stream is None:
+            # An ordinary call, as transformers.Trainer makes it: torch's own generator.
+            return F.dropout(torch.ones_like(x_TI[:rows]), method.dropout)
+        return dropout_mask(self.wiring.stream.dropout_keys[span.slot], self.path, rows, x_TI, method.dropout)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base alone, under the names that the linear layer had; adapters are taken with `veneer.take`."""

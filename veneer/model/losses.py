@@ -1,6 +1,6 @@
 """Losses on a packed stream, chunked over the vocabulary head; the table LOSSES.
 
-Legend: T tokens, N targets, D hidden size, V vocabulary, S segments.
+Legend: T tokens, N sequences, M targets, D hidden size, V vocabulary.
 
 Logits exist only for rows that have a target, and only a chunk of them at a time.
 """
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.packed import hidden_states, running
-from veneer.model.stream import Stream, pack
+from veneer.model.stream import EVEN, Stream, pack
 
 CHUNK = 512  # rows of logits alive at once
+BLOCK = 16  # rows of them that a core's cache holds in float32
 
-# name -> "module:function"; (model, stream, targets) -> sum_S, count_S
+# name -> "module:function"; (model, stream, targets) -> sum_N, count_N
 LOSSES: dict[str, str] = {
     "cross_entropy": "veneer.model.losses:cross_entropy",
 }
@@ -27,69 +28,78 @@ LOSSES: dict[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What is to be predicted where: row rows_N of the stream predicts token tokens_N; segment_N says whose it is."""
+    """What is to be predicted where: row rows_M of the stream predicts token tokens_M for sequence sequences_M."""
 
-    rows_N: Tensor
-    tokens_N: Tensor
-    segments_N: Tensor
+    rows_M: Tensor
+    tokens_M: Tensor
+    sequences_M: Tensor
 
 
 def targets_of(stream: Stream, trained: Sequence[Sequence[bool]]) -> Targets:
-    """trained[s][i]: token i of segment s is a target, predicted from the token before it (so i = 0 never is one)."""
-    rows, segments = [], []
-    for segment, (start, flags) in enumerate(zip(stream.starts, trained, strict=False)):
-        here = [start + i - 1 for i, flag in enumerate(flags) if flag and i > 0]
-        rows += here
-        segments += [segment] * len(here)
+    """trained[n][i]: token i of sequence n is a target, predicted from the token before it (so i = 0 never is one)."""
+    rows, places, sequences = [], [], []
+    for sequence, (segment, flags) in enumerate(zip(stream.sequences, trained, strict=True)):
+        at = stream.rows_of(segment)
+        here = [i for i, flag in enumerate(flags) if flag and i > 0]
+        rows += [at[i - 1] for i in here]
+        places += [at[i] for i in here]
+        sequences += [sequence] * len(here)
     device = stream.token_ids_T.device
-    rows_N = torch.tensor(rows, dtype=torch.int64, device=device)
-    return Targets(rows_N, stream.token_ids_T[rows_N + 1], torch.tensor(segments, dtype=torch.int64, device=device))
+    rows_M, places_M, sequences_M = (torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, places, sequences))
+    return Targets(rows_M, stream.token_ids_T[places_M], sequences_M)
 
 
 def cross_entropy(model: nn.Module, stream: Stream, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Sum of token cross-entropies and number of targets of each segment, both (S) in float32.
+    """Sum of token cross-entropies and number of targets of each sequence, both (N) in float32.
 
-    Call it inside `running(model, stream)`. One segment's NaN stays its own.
+    Call it inside `running(model, stream)`. One sequence's NaN stays its own, and of those it shares tokens with.
     """
-    hidden_ND = hidden_states(model).index_select(0, targets.rows_N)
-    nll_N = head_nll(hidden_ND, model.get_output_embeddings(), targets.tokens_N)
-    zeros = torch.zeros(len(stream.lengths), device=nll_N.device)
-    sums_S = zeros.index_add(0, targets.segments_N, nll_N)
-    return sums_S, zeros.index_add(0, targets.segments_N, torch.ones_like(nll_N))
+    hidden_MD = hidden_states(model).index_select(0, targets.rows_M)
+    nll_M = head_nll(hidden_MD, model.get_output_embeddings(), targets.tokens_M)
+    zeros = torch.zeros(len(stream.sequences), device=nll_M.device)
+    sums_N = zeros.index_add(0, targets.sequences_M, nll_M)
+    return sums_N, zeros.index_add(0, targets.sequences_M, torch.ones_like(nll_M))
 
 
-def head_nll(hidden_ND: Tensor, head: nn.Linear, tokens_N: Tensor) -> Tensor:
-    """-log softmax(hidden · head')[token], (N) in float32, through a frozen head."""
-    return _HeadNLL.apply(hidden_ND, head.weight, head.bias, tokens_N)
+def head_nll(hidden_MD: Tensor, head: nn.Linear, tokens_M: Tensor) -> Tensor:
+    """-log softmax(hidden · head')[token], (M) in float32, through a frozen head."""
+    return _HeadNLL.apply(hidden_MD, head.weight, head.bias, tokens_M)
 
 
 class _HeadNLL(torch.autograd.Function):
     """The gradient for `hidden` is made while the logits of its chunk exist; backward only scales its rows."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_M: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        nll_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
-        grad_ND = torch.empty_like(hidden_ND) if wanted else None
-        for start in range(0, len(hidden_ND), CHUNK):
+        nll_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
+        grad_MD = torch.empty_like(hidden_MD) if wanted else None
+        for start in range(0, len(hidden_MD), CHUNK):
             rows = slice(start, start + CHUNK)
-            log_probs = _logits(hidden_ND[rows], weight_VD, bias_V).log_softmax(-1)
-            nll_N[rows] = -log_probs.gather(1, tokens_N[rows, None]).squeeze(1)
-            if grad_ND is not None:
-                probs = log_probs.exp_()
-                probs.scatter_add_(1, tokens_N[rows, None], torch.full_like(probs[:, :1], -1.0))
-                grad_ND[rows] = probs.to(weight_VD.dtype) @ weight_VD
-        ctx.save_for_backward(grad_ND)
-        return nll_N
+            logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, bias_V)
+            nll_M[rows] = _to_gradients(logits_MV, tokens_M[rows])
+            if grad_MD is not None:
+                grad_MD[rows] = (logits_MV @ weight_VD).to(grad_MD.dtype)
+        ctx.save_for_backward(grad_MD)
+        return nll_M
 
     @staticmethod
-    def backward(ctx: Any, g_N: Tensor) -> tuple[Any, ...]:
-        (grad_ND,) = ctx.saved_tensors
-        return (grad_ND * g_N[:, None].to(grad_ND.dtype)), None, None, None
+    def backward(ctx: Any, g_M: Tensor) -> tuple[Any, ...]:
+        (grad_MD,) = ctx.saved_tensors
+        return (grad_MD * g_M[:, None].to(grad_MD.dtype)), None, None, None
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V).float()
+def _to_gradients(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
+    """-log softmax(logits)[token], (M) in float32; the logits become the gradients for themselves, in place."""
+    nll_M = torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device)
+    step = BLOCK if logits_MV.device.type == "cpu" else len(logits_MV)
+    for logits, tokens, nll in zip(logits_MV.split(step), tokens_M.split(step), nll_M.split(step), strict=True):
+        log_probs = logits.float().log_softmax(-1)
+        nll.copy_(log_probs.gather(1, tokens[:, None]).squeeze(1).neg_())
+        probs = log_probs.exp_()
+        probs.scatter_add_(1, tokens[:, None], torch.full_like(probs[:, :1], -1.0))
+        logits.copy_(probs)
+    return nll_M
 
 
 @torch.no_grad()
@@ -103,10 +113,10 @@ def sequence_nll(
     device = next(model.parameters()).device
     results: list[tuple[float, int]] = []
     for group in _groups(examples, max_tokens):
-        stream = pack([example.input_ids for example in group], [slot] * len(group), device)
+        stream = pack([example.input_ids for example in group], [slot] * len(group), device, share=True, multiple=EVEN)
         with running(model, stream):
-            sums_S, counts_S = cross_entropy(model, stream, targets_of(stream, [example.targets for example in group]))
-        results += [(nll, int(count)) for nll, count in zip(sums_S.tolist(), counts_S.tolist(), strict=True)]
+            sums_N, counts_N = cross_entropy(model, stream, targets_of(stream, [example.targets for example in group]))
+        results += [(nll, int(count)) for nll, count in zip(sums_N.tolist(), counts_N.tolist(), strict=True)]
     return results
 
 

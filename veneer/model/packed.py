@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION
+from veneer.model.siblings import Siblings
 from veneer.model.stream import Stream
 
 
@@ -25,6 +26,7 @@ class Wiring:
     def __init__(self) -> None:
         self.stream: Stream | None = None
         self.slots: list[str] = []  # in the order of attaching
+        self.siblings: dict[str, Siblings] = {}  # by family
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ModelError
-from veneer.model.losses import Targets, head_nll
+from veneer.model.losses import head_nll
 from veneer.model.packed import hidden_states, running, wiring_of
-from veneer.model.stream import pack
+from veneer.model.stream import SHARED, pack
 
 # Relative to the largest logit: rounding over tens of layers; a wrong mask or position is off by 10 % and more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -33,36 +33,39 @@ def probe(model: nn.Module) -> None:
             model
         ).fault = f"rotary positions of the kind {stretched[0]!r} depend on the length of what is beside them"
         raise ModelError(f"models of the family {family!r} are not supported: {wiring_of(model).fault}")
-    first, second = _sequences(model.config.vocab_size)
+    sequences = _sequences(model.config.vocab_size)
     try:
-        packed, nll = _packed(model, first, second, device)
+        packed, nll = _packed(model, sequences, device)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, LookupError) as error:
         wiring_of(model).fault = str(error)
         raise ModelError(
             f"models of the family {family!r} are not supported: the packed forward failed ({error})"
         ) from error
-    alone = [_alone(model, sequence, device) for sequence in (first, second)]
+    alone = [_alone(model, sequence, device) for sequence in sequences]
     wiring_of(model).probed = True
-    faults = _faults(packed, nll, alone, second, model.dtype, device)
+    faults = _faults(packed, nll, alone, sequences, model.dtype)
     if faults:
         wiring_of(model).fault = "; ".join(faults)
         raise ModelError(f"models of the family {family!r} are not supported: {'; '.join(faults)}")
 
 
-def _sequences(vocabulary: int) -> tuple[list[int], list[int]]:
-    tokens = [(7 * i * i + 3) % vocabulary for i in range(12)]
-    return tokens[:7], tokens[7:]
+def _sequences(vocabulary: int) -> list[list[int]]:
+    """Two that begin alike, and one on its own."""
+    tokens = [(7 * i * i + 3) % vocabulary for i in range(SHARED + 20)]
+    begin, rest = tokens[:SHARED], tokens[SHARED:]
+    return [begin + rest[:6], begin + rest[6:9], rest[9:]]
 
 
 @torch.no_grad()
-def _packed(model: nn.Module, first: list[int], second: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    stream = pack([first, second], device=device)
+def _packed(model: nn.Module, sequences: list[list[int]], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Logits (tokens, V) of every sequence, and the loss in chunks of the first."""
+    stream = pack(sequences, device=device, share=True)
     with running(model, stream):
         hidden_TD = hidden_states(model)
     head = model.get_output_embeddings()
-    rows = torch.arange(len(first), len(first) + len(second) - 1, device=device)
-    targets = Targets(rows, stream.token_ids_T[rows + 1], torch.zeros_like(rows))
-    return head(hidden_TD).float(), head_nll(hidden_TD[rows], head, targets.tokens_N)
+    rows = [torch.tensor(stream.rows_of(segment), device=device) for segment in stream.sequences]
+    targets = torch.tensor(sequences[0][1:], device=device)
+    return [head(hidden_TD[here]).float() for here in rows], head_nll(hidden_TD[rows[0][:-1]], head, targets)
 
 
 @torch.no_grad()
@@ -71,19 +74,20 @@ def _alone(model: nn.Module, sequence: list[int], device: torch.device) -> Tenso
 
 
 def _faults(
-    packed_TV: Tensor, nll: Tensor, alone: list[Tensor], second: list[int], dtype: torch.dtype, device: torch.device
+    packed: list[Tensor], nll: Tensor, alone: list[Tensor], sequences: list[list[int]], dtype: torch.dtype
 ) -> list[str]:
     faults = []
-    split, tolerance = len(alone[0]), TOLERANCE[dtype]
-    for name, got_TV, wanted_TV in (("first", packed_TV[:split], alone[0]), ("second", packed_TV[split:], alone[1])):
-        error = _error(got_TV, wanted_TV, dtype)
+    tolerance = TOLERANCE[dtype]
+    for name, got_TV, wanted_TV in zip(("first", "second", "third"), packed, alone, strict=True):
+        parts = [slice(SHARED), slice(SHARED, None)] if len(got_TV) > SHARED else [slice(None)]
+        error = max(_error(got_TV[part], wanted_TV[part], dtype) for part in parts)
         if not error < tolerance:
             faults.append(
-                f"the {name} of two packed segments is {error:.1%} off what the model computes for it alone "
+                f"the {name} of three packed sequences is {error:.1%} off what the model computes for it alone "
                 "(its attention, its positions, or a scaled or capped head)"
             )
-    targets = torch.tensor(second[1:], device=device)
-    wanted_nll = nn.functional.cross_entropy(packed_TV[split:-1], targets, reduction="none")
+    targets = torch.tensor(sequences[0][1:], device=nll.device)
+    wanted_nll = nn.functional.cross_entropy(packed[0][:-1], targets, reduction="none")
     if not torch.allclose(nll, wanted_nll, rtol=tolerance, atol=tolerance):
         faults.append("the loss in chunks differs from that of the head's own logits")
     return faults

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.config import TrainSettings
 from veneer.data.batches import Batches
 from veneer.data.chat import Example
 from veneer.errors import CheckpointError, TrainingError
+from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
 from veneer.train.optim import FlatParameters, adamw
 from veneer.train.schedule import factor
@@ -41,7 +42,7 @@ class Job:
     train: Sequence[Example]
     validation: Sequence[Example]
     learning_rate: float
-    parameters: Sequence[nn.Parameter]
+    methods: Mapping[str, Method]  # by path: what is trained
     step: int = 0  # optimiser steps taken
     tokens: int = 0  # gone through training steps, and the seconds they took, over all resumptions
     seconds: float = 0.0
@@ -57,7 +58,7 @@ class Job:
     def __post_init__(self) -> None:
         self.total = total_steps(self.settings, len(self.train))
         self.batches = Batches(len(self.train), self.settings.per_device_train_batch_size, self.settings.seed)
-        self.flat = FlatParameters(self.parameters)
+        self.flat = FlatParameters([p for method in self.methods.values() for p in method.parameters()])
         self.optimizer = adamw(self.flat, self.settings)
         self.eval_steps = self.settings.eval_steps or self._each_epoch()
         self.save_steps = self.settings.save_steps or max(1, min(self._each_epoch(), self.total // 8))
@@ -79,7 +80,10 @@ class Job:
             self.train[row] for row in self.batches.rows(self.step * self.settings.gradient_accumulation_steps + micro)
         ]
 
-    def dropout_key(self, micro: int) -> int:
+    def dropout_key(self, micro: int) -> int | None:
+        """The key of micro-batch `micro` of the coming step; None where nothing is dropped."""
+        if not any(method.dropout for method in self.methods.values()):
+            return None
         return dropout_key(self.settings.seed, self.slot, self.step * self.settings.gradient_accumulation_steps + micro)
 
     def targets_of_step(self) -> int:

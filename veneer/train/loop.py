@@ -16,7 +16,7 @@ from torch import nn
 from veneer.errors import NonFiniteLossError, listed
 from veneer.model.losses import cross_entropy, sequence_nll, targets_of
 from veneer.model.packed import running
-from veneer.model.stream import pack
+from veneer.model.stream import EVEN, pack
 from veneer.train.job import Job
 
 Record = Callable[[Job, dict], None]
@@ -82,15 +82,15 @@ def _forward_backward(
 ) -> dict[str, tuple[float, int]]:
     """Adds the gradients of one micro-batch of every job; returns each job's share of its loss, and its tokens."""
     batches = [(job, example) for job in jobs for example in job.rows(micro)]
-    keys = {job.slot: job.dropout_key(micro) for job in jobs}
+    keys = {job.slot: key for job in jobs if (key := job.dropout_key(micro)) is not None}
     device = jobs[0].flat.values_P.device
-    stream = pack([example.input_ids for _, example in batches], [job.slot for job, _ in batches], device, keys)
-    weights_S = torch.tensor([1.0 / targets[job.slot] for job, _ in batches], device=device)
+    stream = pack([example.input_ids for _, example in batches], [job.slot for job, _ in batches], device, keys, share=True, multiple=EVEN)
+    weights_N = torch.tensor([1.0 / targets[job.slot] for job, _ in batches], device=device)
     with running(model, stream):
-        sums_S, _ = cross_entropy(model, stream, targets_of(stream, [example.targets for _, example in batches]))
-        losses_S = sums_S * weights_S
-        losses_S.sum().backward()
-    shares = losses_S.detach().tolist()
+        sums_N, _ = cross_entropy(model, stream, targets_of(stream, [example.targets for _, example in batches]))
+        losses_N = sums_N * weights_N
+        losses_N.sum().backward()
+    shares = losses_N.detach().tolist()
     out: dict[str, tuple[float, int]] = {}
     for (job, example), share in zip(batches, shares, strict=True):
         loss, count = out.get(job.slot, (0.0, 0))

@@ -103,8 +103,7 @@ def train(
     _set_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
-    parameters = [p for method in methods_of(loaded.model, SLOT).values() for p in method.parameters()]
-    job = Job(SLOT, config.train, data.train, data.validation, rate.value, parameters)
+    job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
     identity = _identity(config, loaded, rate)
     notes += [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
     notes += _start(output, config, [job], identity, resume)
