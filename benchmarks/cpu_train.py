@@ -5,6 +5,9 @@ the same order, with loss on the completion only. First each peer's variants are
 then come the rounds, each with every system in a process of its own and in rotated order. What is compared is the
 median of the per-round ratios. The losses of the first step must agree, or the systems did not do the same work.
 
+Tokens are counted as the rows have them; veneer computes a beginning that rows of a step share once, and says how much
+that is (`shared_percent`).
+
 The model is 135M parameters whose weights were stored in 4 bits once: speed and memory are the point here, not quality.
 """
 
@@ -129,6 +132,7 @@ def compare(work: Path, rounds: int, steps: int) -> Figures:
         "memory_ratio": ratios(runs, "peak_gib"),
         "median": {system: _medians(made) for system, made in runs.items()},
         "work": {"steps": steps, "rounds": rounds, "rows_per_step": peers_cpu.ROWS_PER_STEP, "tokens": tokens},
+        "shared_percent": 100 * (1 - sum(computed_tokens(work, steps)) / sum(tokens)),
         "variants": variants,
         "trials": trials,
         "runs": runs,
@@ -139,6 +143,15 @@ def step_tokens(work: Path, steps: int) -> list[int]:
     """Real tokens of each step."""
     examples, size = peers_cpu.in_order(work, steps), peers_cpu.ROWS_PER_STEP
     return [sum(len(e["input_ids"]) for e in examples[at : at + size]) for at in range(0, len(examples), size)]
+
+
+def computed_tokens(work: Path, steps: int) -> list[int]:
+    """Tokens of each step that veneer computes: what its rows begin with alike (here the system prompt) once."""
+    from veneer.model.stream import shared
+
+    examples, size = peers_cpu.in_order(work, steps), peers_cpu.ROWS_PER_STEP
+    batches = [[e["input_ids"] for e in examples[at : at + size]] for at in range(0, len(examples), size)]
+    return [sum(len(segment.tokens) for segment in shared(batch)[0]) for batch in batches]
 
 
 def _trials(peer: str, work: Path, steps: int, tokens: list[int]) -> dict[str, Figures]:
@@ -208,7 +221,7 @@ def main() -> None:
     """Run the comparison and write benchmarks/results/cpu_train.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_train", description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of each run")
     parser.add_argument("--ours", type=Path, metavar="WORK", help=argparse.SUPPRESS)  # a run's own process
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -121,7 +121,9 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
     turned = losses._to_gradients
     with (
         mock.patch.object(losses, "CHUNK", 3),
-        mock.patch.object(losses, "_to_gradients", side_effect=lambda x, *args: seen.append(len(x)) or turned(x, *args)),
+        mock.patch.object(
+            losses, "_to_gradients", side_effect=lambda x, *args: seen.append(len(x)) or turned(x, *args)
+        ),
     ):
         head_nll(torch.randn(8, 4), nn.Linear(4, 5), torch.zeros(8, dtype=torch.int64))
     assert seen == [3, 3, 2]

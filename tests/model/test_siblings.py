@@ -33,11 +33,13 @@ def model(pico):
     for parameter in pico.parameters():
         parameter.data *= 15 if parameter.dim() > 1 else 1  # fresh weights make uniform attention, gradients of nothing
     prepare(pico)
-    return filled(filled(pico, "one", LoraSettings(r=3)), "three", LoraSettings(r=2, target_modules=["q_proj", "up_proj"]))
+    return filled(
+        filled(pico, "one", LoraSettings(r=3)), "three", LoraSettings(r=2, target_modules=["q_proj", "up_proj"])
+    )
 
 
 def stream() -> Stream:
-    """"one" speaks over all, "three" over the second sequence too."""
+    """ "one" speaks over all, "three" over the second sequence too."""
     plain = pack(SEQUENCES, ["one", "one"])
     return Stream(plain.token_ids_T, plain.positions_T, plain.lengths, (*plain.spans, Span(5, 8, "three", 0.5)))
 
@@ -47,7 +49,9 @@ def found(model):
     with running(model, stream()):
         hidden = hidden_states(model)
         (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
-    gradients = [p.grad for slot in ("one", "three") for m in methods_of(model, slot).values() for p in (m.a_RI, m.b_OR)]
+    gradients = [
+        p.grad for slot in ("one", "three") for m in methods_of(model, slot).values() for p in (m.a_RI, m.b_OR)
+    ]
     return [hidden.detach(), *gradients]
 
 
@@ -55,7 +59,9 @@ def calls(action) -> list[int]:
     """How many layers each call of the operation computed."""
     made = []
     real = lora._LoraLinears.apply
-    with mock.patch.object(lora._LoraLinears, "apply", side_effect=lambda x, bases, *rest: made.append(len(bases)) or real(x, bases, *rest)):
+    with mock.patch.object(
+        lora._LoraLinears, "apply", side_effect=lambda x, bases, *rest: made.append(len(bases)) or real(x, bases, *rest)
+    ):
         action()
     return made
 

@@ -33,7 +33,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "lora": {"r": 2, "lora_alpha": 8},
         "max_steps": 30,
         "per_device_train_batch_size": 3,
-        "learning_rate": 0.5,
+        "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "warmup_steps": 2,
         "eval_steps": 2,

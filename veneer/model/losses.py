@@ -45,7 +45,9 @@ def targets_of(stream: Stream, trained: Sequence[Sequence[bool]]) -> Targets:
         places += [at[i] for i in here]
         sequences += [sequence] * len(here)
     device = stream.token_ids_T.device
-    rows_M, places_M, sequences_M = (torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, places, sequences))
+    rows_M, places_M, sequences_M = (
+        torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, places, sequences)
+    )
     return Targets(rows_M, stream.token_ids_T[places_M], sequences_M)
 
 

@@ -129,7 +129,9 @@ def pack(
     ids = torch.tensor([token for segment in segments for token in segment.tokens], dtype=torch.int64)
     lengths = tuple(len(segment.tokens) for segment in segments)
     parents = tuple(segment.parent for segment in segments)
-    positions = torch.cat([torch.arange(n) + begin for n, begin in zip(lengths, _begins(lengths, parents), strict=True)])
+    positions = torch.cat(
+        [torch.arange(n) + begin for n, begin in zip(lengths, _begins(lengths, parents), strict=True)]
+    )
     return Stream(ids.to(device), positions.to(device), lengths, _spans(lengths, owners), keys, parents, tuple(last))
 
 
@@ -160,7 +162,9 @@ def shared(sequences: Sequence[Sequence[int]]) -> tuple[list[Segment], list[int]
                 branch = min(common[start : stop - 1])
                 grow(group[start:stop], branch, add(first[depth:branch], parent))
             else:
-                ends[group[start]] = parent if parent is not None and len(first) == depth else add(first[depth:], parent)
+                ends[group[start]] = (
+                    parent if parent is not None and len(first) == depth else add(first[depth:], parent)
+                )
 
     grow(sorted(range(len(sequences)), key=lambda i: sequences[i]), 0, None)
     return segments, ends
