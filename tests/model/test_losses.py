@@ -119,12 +119,12 @@ def test_the_real_chunk_size_at_its_borders(targets):
 def test_only_a_chunk_of_logits_exists_at_a_time():
     seen = []
     turned = losses._to_gradients
-    with (
-        mock.patch.object(losses, "CHUNK", 3),
-        mock.patch.object(
-            losses, "_to_gradients", side_effect=lambda x, *args: seen.append(len(x)) or turned(x, *args)
-        ),
-    ):
+
+    def watched(logits_MV, tokens_M):
+        seen.append(len(logits_MV))
+        return turned(logits_MV, tokens_M)
+
+    with mock.patch.object(losses, "CHUNK", 3), mock.patch.object(losses, "_to_gradients", watched):
         head_nll(torch.randn(8, 4), nn.Linear(4, 5), torch.zeros(8, dtype=torch.int64))
     assert seen == [3, 3, 2]
 

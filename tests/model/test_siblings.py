@@ -28,14 +28,17 @@ def filled(model, slot: str, settings: LoraSettings):
     return model
 
 
+def both_slots(model):
+    filled(model, "one", LoraSettings(r=3))
+    return filled(model, "three", LoraSettings(r=2, target_modules=["q_proj", "up_proj"]))
+
+
 @pytest.fixture
 def model(pico):
     for parameter in pico.parameters():
         parameter.data *= 15 if parameter.dim() > 1 else 1  # fresh weights make uniform attention, gradients of nothing
     prepare(pico)
-    return filled(
-        filled(pico, "one", LoraSettings(r=3)), "three", LoraSettings(r=2, target_modules=["q_proj", "up_proj"])
-    )
+    return both_slots(pico)
 
 
 def stream() -> Stream:
@@ -49,19 +52,20 @@ def found(model):
     with running(model, stream()):
         hidden = hidden_states(model)
         (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
-    gradients = [
-        p.grad for slot in ("one", "three") for m in methods_of(model, slot).values() for p in (m.a_RI, m.b_OR)
-    ]
-    return [hidden.detach(), *gradients]
+    methods = [method for slot in ("one", "three") for method in methods_of(model, slot).values()]
+    return [hidden.detach(), *(p.grad for method in methods for p in (method.a_RI, method.b_OR))]
 
 
 def calls(action) -> list[int]:
     """How many layers each call of the operation computed."""
     made = []
     real = lora._LoraLinears.apply
-    with mock.patch.object(
-        lora._LoraLinears, "apply", side_effect=lambda x, bases, *rest: made.append(len(bases)) or real(x, bases, *rest)
-    ):
+
+    def watched(x_TI, bases, *rest):
+        made.append(len(bases))
+        return real(x_TI, bases, *rest)
+
+    with mock.patch.object(lora._LoraLinears, "apply", watched):
         action()
     return made
 
@@ -70,8 +74,7 @@ def test_four_calls_a_layer_and_the_results_of_seven(model):
     together = found(model)
     assert calls(lambda: found(model)) == [3, 1, 2, 1] * 2
     with mock.patch.object(siblings, "SIBLINGS", ()):
-        apart_model = filled(copy_without_slots(model), "one", LoraSettings(r=3))
-        filled(apart_model, "three", LoraSettings(r=2, target_modules=["q_proj", "up_proj"]))
+        apart_model = both_slots(copy_without_slots(model))
         copy_factors(model, apart_model)
         apart = found(apart_model)
         assert calls(lambda: found(apart_model)) == [1] * 14

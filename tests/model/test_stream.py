@@ -47,7 +47,7 @@ def test_every_sequence_is_there_and_beginnings_are_shared_down_to_less_than_the
 
 @given(drawn=sequences, data=st.data())
 def test_slots_share_nothing_and_each_speaks_over_its_own(drawn, data):
-    slots = sorted((data.draw(st.sampled_from(["", "one", "two"])) for _ in drawn))
+    slots = sorted(data.draw(st.sampled_from(["", "one", "two"])) for _ in drawn)
     slots = [slot or None for slot in slots]
     with mock.patch.object(streams, "SHARED", LEAST):
         stream = pack(drawn, slots, share=True, multiple=4)

@@ -92,28 +92,42 @@ class _LoraLinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for base, g_TO in zip(ctx.bases, gs_TO, strict=True):
                 dx_TI = dx_TI if g_TO is None else base.matmul_t(g_TO, dx_TI)
-        grads: list[Tensor | None] = [None] * len(cast)
-        needed = ctx.needs_input_grad[3:]
+        grads = _Gradients(ctx.dtypes, ctx.needs_input_grad[3:])
         for run, z_TR in zip(ctx.runs, zs, strict=True):
             rows, parts = slice(run[0].start, run[0].stop), []
             for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
-                g_TO, b_OR = gs_TO[piece.layer], cast[2 * piece.pair + 1]
+                g_TO = gs_TO[piece.layer]
                 if g_TO is None:
                     parts.append(torch.zeros_like(z))
                     continue
-                g = g_TO[rows]
-                parts.append((g @ b_OR).mul_(piece.scale))
-                if needed[2 * piece.pair + 1]:
+                g, b_index = g_TO[rows], 2 * piece.pair + 1
+                parts.append((g @ cast[b_index]).mul_(piece.scale))
+                if grads.needed[b_index]:
                     # z' g and not g' z: the thin side first is the faster order on CPU.
-                    _add(grads, 2 * piece.pair + 1, (z.t() @ g).t(), ctx.dtypes, piece.scale)
+                    grads.add(b_index, (z.t() @ g).t(), piece.scale)
             dz_TR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             if dx_TI is not None:
                 dx_TI[rows].addmm_(dz_TR, _stacked(run, cast))
-            if any(needed[2 * piece.pair] for piece in run):
+            if any(grads.needed[2 * piece.pair] for piece in run):
                 for piece, da in zip(run, _split(dz_TR.t() @ x_TI[rows], run, cast, 0), strict=True):
-                    if needed[2 * piece.pair]:
-                        _add(grads, 2 * piece.pair, da, ctx.dtypes, 1.0)
-        return dx_TI, None, None, *grads
+                    grads.add(2 * piece.pair, da)
+        return dx_TI, None, None, *grads.sums
+
+
+class _Gradients:
+    """Sums of the gradients of the factors, each in its factor's dtype; None where none is needed or came."""
+
+    def __init__(self, dtypes: Sequence[torch.dtype], needed: Sequence[bool]) -> None:
+        self.dtypes, self.needed = dtypes, needed
+        self.sums: list[Tensor | None] = [None] * len(dtypes)
+
+    def add(self, index: int, value: Tensor, scale: float = 1.0) -> None:
+        if not self.needed[index]:
+            return
+        value = value.to(self.dtypes[index])
+        value = value if scale == 1.0 else value * scale
+        held = self.sums[index]
+        self.sums[index] = value if held is None else held + value
 
 
 def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -132,10 +146,3 @@ def _stacked(run: Sequence[Piece], cast: Sequence[Tensor]) -> Tensor:
 def _split(x: Tensor, run: Sequence[Piece], cast: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
     """Each piece's part along the stacked ranks."""
     return (x,) if len(run) == 1 else x.split([len(cast[2 * piece.pair]) for piece in run], dim)
-
-
-def _add(grads: list[Tensor | None], index: int, value: Tensor, dtypes: list[torch.dtype], scale: float) -> None:
-    value = value.to(dtypes[index])
-    value = value if scale == 1.0 else value * scale
-    held = grads[index]
-    grads[index] = value if held is None else held + value

@@ -44,10 +44,8 @@ def targets_of(stream: Stream, trained: Sequence[Sequence[bool]]) -> Targets:
         rows += [at[i - 1] for i in here]
         places += [at[i] for i in here]
         sequences += [sequence] * len(here)
-    device = stream.token_ids_T.device
-    rows_M, places_M, sequences_M = (
-        torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, places, sequences)
-    )
+    columns = torch.tensor([rows, places, sequences], dtype=torch.int64, device=stream.token_ids_T.device)
+    rows_M, places_M, sequences_M = columns
     return Targets(rows_M, stream.token_ids_T[places_M], sequences_M)
 
 

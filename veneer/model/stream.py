@@ -129,9 +129,8 @@ def pack(
     ids = torch.tensor([token for segment in segments for token in segment.tokens], dtype=torch.int64)
     lengths = tuple(len(segment.tokens) for segment in segments)
     parents = tuple(segment.parent for segment in segments)
-    positions = torch.cat(
-        [torch.arange(n) + begin for n, begin in zip(lengths, _begins(lengths, parents), strict=True)]
-    )
+    begins = _begins(lengths, parents)
+    positions = torch.cat([torch.arange(n) + begin for n, begin in zip(lengths, begins, strict=True)])
     return Stream(ids.to(device), positions.to(device), lengths, _spans(lengths, owners), keys, parents, tuple(last))
 
 
@@ -161,10 +160,10 @@ def shared(sequences: Sequence[Sequence[int]]) -> tuple[list[Segment], list[int]
             if stop - start > 1:
                 branch = min(common[start : stop - 1])
                 grow(group[start:stop], branch, add(first[depth:branch], parent))
+            elif parent is not None and len(first) == depth:
+                ends[group[start]] = parent
             else:
-                ends[group[start]] = (
-                    parent if parent is not None and len(first) == depth else add(first[depth:], parent)
-                )
+                ends[group[start]] = add(first[depth:], parent)
 
     grow(sorted(range(len(sequences)), key=lambda i: sequences[i]), 0, None)
     return segments, ends

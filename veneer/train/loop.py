@@ -84,14 +84,8 @@ def _forward_backward(
     batches = [(job, example) for job in jobs for example in job.rows(micro)]
     keys = {job.slot: key for job in jobs if (key := job.dropout_key(micro)) is not None}
     device = jobs[0].flat.values_P.device
-    stream = pack(
-        [example.input_ids for _, example in batches],
-        [job.slot for job, _ in batches],
-        device,
-        keys,
-        share=True,
-        multiple=EVEN,
-    )
+    sequences, slots = [example.input_ids for _, example in batches], [job.slot for job, _ in batches]
+    stream = pack(sequences, slots, device, keys, share=True, multiple=EVEN)
     weights_N = torch.tensor([1.0 / targets[job.slot] for job, _ in batches], device=device)
     with running(model, stream):
         sums_N, _ = cross_entropy(model, stream, targets_of(stream, [example.targets for _, example in batches]))
