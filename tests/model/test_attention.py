@@ -131,24 +131,29 @@ def test_the_same_on_cuda(dtype, groups, parents):
         assert (mine.double() - theirs.double()).norm() < bound * theirs.double().norm()
 
 
-@given(lengths=lengths, broken=st.integers(0, 6), short=st.sampled_from([0, 10, attention.SHORT]))
-def test_nan_in_one_segment_stays_there(lengths, broken, short):
+@given(shape=shapes(), broken=st.integers(0, 6), short=st.sampled_from([0, 10, attention.SHORT]))
+def test_nan_in_one_segment_stays_there_and_in_what_continues_it(shape, broken, short):
+    lengths, parents = shape
     broken %= len(lengths)
-    starts = stream_of(lengths).starts
-    rows = slice(starts[broken], starts[broken + 1])
+    while broken in parents:  # the last of its chain: nobody else sees it
+        broken = parents.index(broken)
+    stream = stream_of(lengths, parents)
+    rows = slice(stream.starts[broken], stream.starts[broken + 1])
     with mock.patch.object(attention, "SHORT", short):
-        clean = both(inputs(lengths, 2, 2, 8), lengths)[0]
+        clean = both(inputs(lengths, 2, 2, 8), lengths, parents=parents)[0]
         case = [x.detach() for x in inputs(lengths, 2, 2, 8)]
         for tensor in case:
             tensor[:, rows] = float("nan")
         leaves = [x.requires_grad_() for x in case]
-        out = packed(*leaves, lengths)
+        out = packed(*leaves, lengths, parents=parents)
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
         found = [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+    assert found[0][:, rows].isnan().all()
     others = torch.ones(sum(lengths), dtype=torch.bool)
     others[rows] = False
-    assert found[0][:, rows].isnan().all()
-    for mine, wanted in zip(found, clean, strict=True):
+    torch.testing.assert_close(found[0][:, others], clean[0][:, others])
+    others[stream.rows_of(broken)] = False  # what it continues gets its gradient
+    for mine, wanted in zip(found[1:], clean[1:], strict=True):
         torch.testing.assert_close(mine[:, others], wanted[:, others])
 
 

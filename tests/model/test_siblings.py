@@ -13,7 +13,7 @@ from veneer.config import LoraSettings
 from veneer.kernels import lora
 from veneer.model import siblings
 from veneer.model.load import prepare
-from veneer.model.packed import hidden_states, running, speaking
+from veneer.model.packed import hidden_states, running, speaking, wiring_of
 from veneer.model.stream import Span, Stream, pack
 from veneer.model.swap import leaf_at
 
@@ -106,32 +106,62 @@ def test_a_copied_model_speaks_with_its_own_leaves(model):
     assert torch.equal(found(model)[0], before)
 
 
-def test_other_tensors_are_served_one_by_one(model):
-    """Equal values do not make the same tensor; nor does the same tensor, changed in place since."""
-    first, second = (leaf_at(model, f"model.layers.0.self_attn.{name}") for name in ("q_proj", "k_proj"))
-    x = torch.randn(4, 32)
-    with speaking(model, "one"), torch.no_grad():
-        alone = second(x.clone())
+@pytest.fixture
+def pair(model):
+    """Two leaves that are siblings, inside a running stream of 8 tokens."""
+    with running(model, stream()):
+        yield [leaf_at(model, f"model.layers.0.self_attn.{name}") for name in ("q_proj", "k_proj")]
+
+
+def test_only_the_very_same_tensor_is_taken_for_it(pair):
+    """Not one of equal version and shape, and not the same one changed in place since."""
+    first, second = pair
+    x, other = torch.randn(8, 32), torch.randn(8, 32)
+    with torch.no_grad():
+        alone, doubled = second(other.clone()), second(x * 2)
         first(x)
-        assert torch.equal(second(x.clone()), alone)
+        assert torch.equal(second(other), alone)
         first(x)
         x.mul_(2.0)
-        changed = second(x)
-        torch.testing.assert_close(changed, second(x.clone()))
-        assert not torch.allclose(changed, alone)
+        assert torch.equal(second(x), doubled)
 
 
-def test_inference_mode_works(model):
-    ids = torch.tensor([SEQUENCES[0]])
+def test_outputs_made_without_gradient_serve_no_call_with_one(pair):
+    first, second = pair
+    x = torch.randn(8, 32, requires_grad=True)
+    with torch.no_grad():
+        first(x)
+    assert second(x).requires_grad
+
+
+def test_layers_of_other_input_sizes_are_no_siblings(pair, monkeypatch):
+    first, second = pair
+    wanted = first(torch.ones(8, 32))
+    monkeypatch.setattr(second.base, "in_features", 16)
+    assert torch.equal(first(torch.ones(8, 32)), wanted)
+
+
+def test_ordinary_calls_compute_each_leaf_alone(model):
+    """What runs outside a stream may call leaves in threads, by halves, or with other tensors for each."""
     with speaking(model, "one"):
+        assert calls(lambda: model(torch.tensor([SEQUENCES[0]]))) == [1] * 14
         with torch.no_grad():
-            wanted = model(ids).logits
+            wanted = model(torch.tensor([SEQUENCES[0]])).logits
         with torch.inference_mode():
-            assert torch.equal(model(ids).logits, wanted)
+            assert torch.equal(model(torch.tensor([SEQUENCES[0]])).logits, wanted)
 
 
-def test_nothing_waits_after_a_pass(model):
+def test_nothing_waits_after_a_pass_even_one_that_failed(model):
+    waiting = wiring_of(model).waiting
     found(model)
-    groups = {id(leaf.siblings): leaf.siblings for leaf in model.modules() if hasattr(leaf, "siblings")}
-    assert len(groups) == 8
-    assert all(not group._waiting and group._x is None for group in groups.values())
+    assert waiting._fed is None and not waiting._outputs
+
+    def stop(module, given):
+        assert waiting._outputs
+        raise KeyboardInterrupt
+
+    leaf_at(model, "model.layers.1.self_attn.k_proj").register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt), running(model, stream()):
+        hidden_states(model)
+    assert waiting._fed is None and not waiting._outputs
+    copy.deepcopy(model)

@@ -66,6 +66,18 @@ def test_a_slot_with_dropout_shares_nothing():
     assert pack(drawn, ["one"] * 2, dropout_keys={"two": 7}, share=True).lengths == (20,)
 
 
+def test_what_fills_up_belongs_to_the_last_slot_unless_it_draws_masks():
+    drawn = [[1] * 20, [2] * 21]
+    assert pack(drawn, ["one", "two"], multiple=32).spans[-1] == (20, 64, "two", 1.0)
+    assert pack(drawn, ["one", "two"], dropout_keys={"two": 7}, multiple=32).spans[-1] == (20, 41, "two", 1.0)
+
+
+def test_a_deep_tree_and_sequences_of_any_kind():
+    deep = pack([[0] * streams.SHARED * i for i in range(1, 1200)], share=True)
+    assert len(deep.token_ids_T) == streams.SHARED * 1199
+    assert pack([[1, 2], (3, 4)], share=True).lengths == (2, 2)
+
+
 def test_the_same_stream_comes_out_whatever_the_order_within_equal_beginnings():
     begin = list(range(streams.SHARED))
     one, two = pack([[*begin, 5], [*begin, 4]], share=True), pack([[*begin, 4], [*begin, 5]], share=True)

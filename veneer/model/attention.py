@@ -58,7 +58,8 @@ def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: 
     from torch.nn.attention.varlen import varlen_attn
 
     plan = stream.plans.get("varlen") or stream.plans.setdefault("varlen", Varlen(stream))
-    keys = (x if plan.keys is None else x.index_select(1, plan.keys) for x in (k_KTD, v_KTD))
+    # Gathered in float32: what several segments send back to a shared row is summed there and rounded once.
+    keys = (x if plan.keys is None else x.float().index_select(1, plan.keys).to(x.dtype) for x in (k_KTD, v_KTD))
     q, k, v = (x.transpose(0, 1) for x in (q_HTD, *(_repeated(x, q_HTD) for x in keys)))
     # Each segment's queries are the last of its keys: the kernel's causal mask is aligned at the end.
     return varlen_attn(
@@ -102,8 +103,13 @@ def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, segment:
     k, v = (_repeated(torch.cat([x[:, run] for run in runs], 1), q_HTD)[None] for x in (k_KTD, v_KTD))
     if len(runs) == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[0].transpose(0, 1)
-    before = k.shape[2] - q.shape[2]
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+    # In the queries' dtype and one for all layers: torch would make a new one in each and keep it for backward.
+    key = ("mask", segment, q.dtype)
+    if key not in stream.plans:
+        shape = (q.shape[2], k.shape[2])
+        later = torch.full(shape, -torch.inf, dtype=q.dtype, device=q.device).triu(1 + shape[1] - shape[0])
+        stream.plans[key] = later
+    mask = stream.plans[key]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
 
 
@@ -116,9 +122,8 @@ class Buckets:
 
     def __init__(self, stream: Stream, kv_heads: int) -> None:
         sizes = list(zip(stream.lengths, stream.seen, strict=True))
-        short = [i for i, (queries, keys) in enumerate(sizes) if queries * keys <= SHORT**2]
-        self.members = _groups(short, sizes)
-        self.long = [i for i in range(len(sizes)) if i not in set(short)]
+        self.long = [i for i, (queries, keys) in enumerate(sizes) if queries * keys > SHORT**2]
+        self.members = _groups([i for i, (queries, keys) in enumerate(sizes) if queries * keys <= SHORT**2], sizes)
         rows = [torch.tensor(stream.rows_of(i)) for i in range(len(sizes))]
         own = [rows[i][-n:] for i, n in enumerate(stream.lengths)]
         self.queries = Moves([[own[i] for i in group] for group in self.members], stream, kv_heads)
@@ -209,18 +214,22 @@ def _each_head(x_NL: Tensor, heads: int) -> Tensor:
 def _groups(segments: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Buckets: a segment joins the one where it adds the fewest scores, unless a bucket of its own costs less."""
     groups: list[list[int]] = []
+    most: list[tuple[int, int]] = []  # queries and keys of each group's largest members
     for index in sorted(segments, key=lambda i: sizes[i], reverse=True):
-        added = [_scores([sizes[i] for i in (*group, index)]) - _scores([sizes[i] for i in group]) for group in groups]
-        if added and min(added) <= _scores([sizes[index]]) + BUCKET:
-            groups[added.index(min(added))].append(index)
+        queries, keys = sizes[index]
+        joined = [(max(queries, most_queries), max(keys, most_keys)) for most_queries, most_keys in most]
+        added = [
+            (len(group) + 1) * new[0] * new[1] - len(group) * old[0] * old[1]
+            for group, new, old in zip(groups, joined, most, strict=True)
+        ]
+        if added and min(added) <= queries * keys + BUCKET:
+            best = added.index(min(added))
+            groups[best].append(index)
+            most[best] = joined[best]
         else:
             groups.append([index])
+            most.append(sizes[index])
     return groups
-
-
-def _scores(sizes: Sequence[tuple[int, int]]) -> int:
-    """Scores of a bucket for one head: members · most queries · most keys."""
-    return len(sizes) * max(queries for queries, _ in sizes) * max(keys for _, keys in sizes)
 
 
 def _padded(group: Sequence[Tensor]) -> Tensor:

@@ -20,19 +20,18 @@ from veneer.methods.base import Method
 from veneer.methods.lora import LoRA
 from veneer.model.dropout import dropout_mask
 from veneer.model.packed import Wiring
-from veneer.model.siblings import Siblings
+from veneer.model.siblings import compute
 from veneer.model.stream import Span
 
 
 class Leaf(nn.Module):
     """A frozen linear layer with slots."""
 
-    def __init__(self, base: Base, wiring: Wiring, path: str, siblings: Siblings | None = None) -> None:
+    def __init__(self, base: Base, wiring: Wiring, path: str) -> None:
         super().__init__()
         self.base, self.slots = base, nn.ModuleDict()
         self.wiring, self.path = wiring, path
-        self.siblings = siblings or Siblings()
-        self.siblings.add(self)
+        self.siblings = [self]  # one list for all leaves of a family, see veneer.model.siblings
         self.register_load_state_dict_pre_hook(_restore_names)
 
     @property
@@ -60,7 +59,12 @@ class Leaf(nn.Module):
         spans = self._spans(tokens)
         if not spans:
             return self.base.linear(x)
-        y_TO = self.siblings.output(self, x) if self.pieces(tokens) else self._by_delta(x, spans)
+        if not self.pieces(tokens):
+            y_TO = self._by_delta(x, spans)
+        elif self.wiring.stream is not None:
+            y_TO = self.wiring.waiting.output(self, x)
+        else:
+            y_TO = compute(self, x, [self])[self.path]
         return y_TO.view(*x.shape[:-1], self.out_features)
 
     def pieces(self, tokens: int) -> list[tuple[Span, LoRA]]:

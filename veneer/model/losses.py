@@ -54,7 +54,8 @@ def cross_entropy(model: nn.Module, stream: Stream, targets: Targets) -> tuple[T
 
     Call it inside `running(model, stream)`. One sequence's NaN stays its own, and of those it shares tokens with.
     """
-    hidden_MD = hidden_states(model).index_select(0, targets.rows_M)
+    # In float32: a row that several sequences predict from gets the sum of their gradients, rounded once.
+    hidden_MD = hidden_states(model).float().index_select(0, targets.rows_M)
     nll_M = head_nll(hidden_MD, model.get_output_embeddings(), targets.tokens_M)
     zeros = torch.zeros(len(stream.sequences), device=nll_M.device)
     sums_N = zeros.index_add(0, targets.sequences_M, nll_M)
@@ -77,7 +78,7 @@ class _HeadNLL(torch.autograd.Function):
         for start in range(0, len(hidden_MD), CHUNK):
             rows = slice(start, start + CHUNK)
             logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, bias_V)
-            nll_M[rows] = _to_gradients(logits_MV, tokens_M[rows])
+            nll_M[rows] = _to_gradients(logits_MV, tokens_M[rows], wanted)
             if grad_MD is not None:
                 grad_MD[rows] = (logits_MV @ weight_VD).to(grad_MD.dtype)
         ctx.save_for_backward(grad_MD)
@@ -89,13 +90,15 @@ class _HeadNLL(torch.autograd.Function):
         return (grad_MD * g_M[:, None].to(grad_MD.dtype)), None, None, None
 
 
-def _to_gradients(logits_MV: Tensor, tokens_M: Tensor) -> Tensor:
-    """-log softmax(logits)[token], (M) in float32; the logits become the gradients for themselves, in place."""
+def _to_gradients(logits_MV: Tensor, tokens_M: Tensor, wanted: bool) -> Tensor:
+    """-log softmax(logits)[token], (M) in float32; where wanted, the logits become their own gradients, in place."""
     nll_M = torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device)
     step = BLOCK if logits_MV.device.type == "cpu" else len(logits_MV)
     for logits, tokens, nll in zip(logits_MV.split(step), tokens_M.split(step), nll_M.split(step), strict=True):
         log_probs = logits.float().log_softmax(-1)
         nll.copy_(log_probs.gather(1, tokens[:, None]).squeeze(1).neg_())
+        if not wanted:
+            continue
         probs = log_probs.exp_()
         probs.scatter_add_(1, tokens[:, None], torch.full_like(probs[:, :1], -1.0))
         logits.copy_(probs)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION
-from veneer.model.siblings import Siblings
+from veneer.model.siblings import Waiting
 from veneer.model.stream import Stream
 
 
@@ -26,7 +26,7 @@ class Wiring:
     def __init__(self) -> None:
         self.stream: Stream | None = None
         self.slots: list[str] = []  # in the order of attaching
-        self.siblings: dict[str, Siblings] = {}  # by family
+        self.waiting = Waiting()
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
@@ -61,6 +61,7 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         yield
     finally:
         wiring.stream = None
+        wiring.waiting.clear()
         for config, attention in before:
             config._attn_implementation = attention
 

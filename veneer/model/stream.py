@@ -124,7 +124,7 @@ def pack(
         last += [before + end for end in ends]
     if missing := -sum(len(segment.tokens) for segment in segments) % multiple:
         segments.append(Segment([0] * missing, None))
-        # To the last slot, whose products are then of even size, with zero gradients; a mask drawn for it would be new.
+        # To the last slot (a single one then has products of even size), with zero gradients; no mask is drawn for it.
         owners.append(None if owners[-1] in keys else owners[-1])
     ids = torch.tensor([token for segment in segments for token in segment.tokens], dtype=torch.int64)
     lengths = tuple(len(segment.tokens) for segment in segments)
@@ -151,21 +151,22 @@ def shared(sequences: Sequence[Sequence[int]]) -> tuple[list[Segment], list[int]
         segments.append(Segment(tokens, parent))
         return len(segments) - 1
 
-    def grow(group: list[int], depth: int, parent: int | None) -> None:
-        """`group`: sorted sequences that agree on `depth` tokens, which end in segment `parent`."""
-        common = [_common(sequences[a], sequences[b]) for a, b in pairwise(group)]
-        cuts = [0, *(i + 1 for i, n in enumerate(common) if n < depth + SHARED), len(group)]
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+    common = [_common(sequences[a], sequences[b]) for a, b in pairwise(order)]
+    # Runs of `order` that agree on `depth` tokens, which end in segment `parent`. A stack: trees may be deep.
+    runs: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)]
+    while runs:
+        begin, end, depth, parent = runs.pop()
+        cuts = [begin, *(i + 1 for i in range(begin, end - 1) if common[i] < depth + SHARED), end]
         for start, stop in pairwise(cuts):
-            first = sequences[group[start]]
+            first = sequences[order[start]]
             if stop - start > 1:
                 branch = min(common[start : stop - 1])
-                grow(group[start:stop], branch, add(first[depth:branch], parent))
+                runs.append((start, stop, branch, add(first[depth:branch], parent)))
             elif parent is not None and len(first) == depth:
-                ends[group[start]] = parent
+                ends[order[start]] = parent
             else:
-                ends[group[start]] = add(first[depth:], parent)
-
-    grow(sorted(range(len(sequences)), key=lambda i: sequences[i]), 0, None)
+                ends[order[start]] = add(first[depth:], parent)
     return segments, ends
 
 

@@ -9,7 +9,7 @@ from veneer.errors import ModelError
 from veneer.model.leaf import Leaf
 from veneer.model.norm import FrozenRMSNorm
 from veneer.model.packed import wiring_of
-from veneer.model.siblings import Siblings, family
+from veneer.model.siblings import family
 
 # Class names whose arithmetic FrozenRMSNorm repeats (to rounding); others keep the model's own code.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -44,8 +44,12 @@ def leaf_at(model: nn.Module, path: str) -> Leaf:
     if isinstance(module, Leaf):
         return module
     check_adaptable(model, path)
-    wiring = wiring_of(model)
-    leaf = Leaf(Dense.from_linear(module), wiring, path, wiring.siblings.setdefault(family(path), Siblings()))
+    leaf = Leaf(Dense.from_linear(module), wiring_of(model), path)
+    for neighbour in model.get_submodule(path.rpartition(".")[0]).children():
+        if isinstance(neighbour, Leaf) and family(neighbour.path) == family(path):
+            neighbour.siblings.append(leaf)
+            leaf.siblings = neighbour.siblings
+            break
     leaf.train(module.training)
     place(model, path, leaf)
     return leaf
@@ -65,5 +69,4 @@ def unswap(model: nn.Module) -> int:
         linear.weight, linear.bias = leaf.base.weight, leaf.base.bias
         linear.train(leaf.training)
         place(model, path, linear)
-    wiring_of(model).siblings.clear()
     return len(leaves)
