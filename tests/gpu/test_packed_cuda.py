@@ -21,7 +21,9 @@ from veneer.model.swap import leaf_at, linear_paths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")]
 LENGTHS = (1, 37, 700, 64, 129)
-SLOTS = ("one", "two", "one", "two", "one")
+SLOTS = ("one", "one", "one", "two", "two")
+BEGIN = 32  # tokens that all begin with, so that those of one slot may share them
+shared = pytest.mark.parametrize("share", [False, True])
 
 
 def _model() -> LlamaForCausalLM:
@@ -42,26 +44,31 @@ def _model() -> LlamaForCausalLM:
 
 def _sequences() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(320, (length,), generator=generator).tolist() for length in LENGTHS]
+    begin = torch.randint(320, (BEGIN,), generator=generator).tolist()
+    rows = [torch.randint(320, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [(begin + row)[: len(row)] for row in rows]
 
 
+@shared
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float32, 1e-3)])
-def test_packed_logits_equal_each_sequence_alone(dtype, tolerance):
+def test_packed_logits_equal_each_sequence_alone(dtype, tolerance, share):
     reference = _model()
     model = copy.deepcopy(reference).to("cuda")
     model.to(dtype)
-    stream = pack(_sequences(), SLOTS, "cuda")
+    stream = pack(_sequences(), SLOTS, "cuda", share=share, multiple=32)
+    assert stream.branches is share
     with torch.no_grad(), running(model, stream):
         logits_TV = model.get_output_embeddings()(hidden_states(model)).float().cpu()
-    for start, sequence, slot in zip(stream.starts, _sequences(), SLOTS, strict=False):
+    for segment, sequence, slot in zip(stream.sequences, _sequences(), SLOTS, strict=True):
         with torch.no_grad(), speaking(reference, slot):
             wanted = reference(torch.tensor([sequence])).logits[0]
-        error = (logits_TV[start : start + len(sequence)] - wanted).abs().max() / wanted.abs().max()
+        error = (logits_TV[stream.rows_of(segment)] - wanted).abs().max() / wanted.abs().max()
         assert error < tolerance  # bfloat16 rounds at 2^-8 in each of a dozen products; TF32 is off by default
 
 
+@shared
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float32, 1e-3)])
-def test_gradients_equal_the_cpu_in_float32(dtype, tolerance):
+def test_gradients_equal_the_cpu_in_float32(dtype, tolerance, share):
     reference = _model()
     model = copy.deepcopy(reference).to("cuda")
     for path in linear_paths(model):
@@ -75,10 +82,10 @@ def test_gradients_equal_the_cpu_in_float32(dtype, tolerance):
     flags = [[True] * len(sequence) for sequence in _sequences()]
     gradients = []
     for each, device in ((reference, "cpu"), (model, "cuda")):
-        stream = pack(_sequences(), SLOTS, device)
+        stream = pack(_sequences(), SLOTS, device, share=share and device == "cuda")
         with running(each, stream):
-            sums_S, counts_S = cross_entropy(each, stream, targets_of(stream, flags))
-            (sums_S.sum() / counts_S.sum()).backward()
+            sums_N, counts_N = cross_entropy(each, stream, targets_of(stream, flags))
+            (sums_N.sum() / counts_N.sum()).backward()
         gradients.append(torch.cat([p.grad.float().cpu().view(-1) for p in each.parameters() if p.grad is not None]))
     wanted, got = gradients
     assert torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted) < tolerance

@@ -69,7 +69,7 @@ def test_a_save_that_fails_leaves_the_one_before(jobs: list, tmp_path: Path, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     jobs[1].step = 8
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, jobs, RUN, keep=1)

@@ -63,9 +63,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         try:
             for name, raw in files.items():
                 _write(fresh / name, raw)
-            _sync(fresh)
+            sync(fresh)
             os.rename(fresh, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
             return
         except OSError:
             if not folder.exists():  # else: made by someone else in the meantime
@@ -74,7 +74,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(fresh, ignore_errors=True)
     for name, raw in files.items():
         _replace(folder / name, raw)
-    _sync(folder)
+    sync(folder)
 
 
 def _replace(path: Path, raw: bytes) -> None:
@@ -93,14 +93,15 @@ def _write(path: Path, raw: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename survive a power cut, where folders can be synchronised (not on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def sync(path: Path) -> None:
+    """The bytes of a file, or the names in a folder, are on the disk when this returns (folders: not on Windows)."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from veneer.adapter.files import sync
 from veneer.errors import CheckpointError, listed
 from veneer.train.job import Job
 
@@ -34,10 +34,10 @@ def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: 
     state = {"format": 1, "threads": torch.get_num_threads(), "run": identity, "jobs": numbers}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in (*partial.iterdir(), partial):
-        _sync(path)
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     _prune(output_dir, keep)
     return folder
 
@@ -111,14 +111,3 @@ def _prune(output_dir: Path, keep: int | None) -> None:
     stale = _folders(output_dir)[:-keep] if keep else []
     for folder in [*stale, *(output_dir / FOLDER).glob(".step-*.partial")]:  # a kill while saving leaves a partial one
         shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    """Survive a power cut: the bytes are on the disk before the name is. Folders cannot be synchronised on Windows."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
