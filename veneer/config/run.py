@@ -84,7 +84,7 @@ class TrainSettings(Settings):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="shape after warm-up"
     )
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="share of the steps that warm up from zero")
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1, description="share of the steps that warm up from zero")
     warmup_steps: int | None = Field(default=None, ge=0, description="warm-up in steps; wins over warmup_ratio")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay of A and B")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient's norm to this; 0 = never")
