@@ -69,7 +69,8 @@ class Stream:
     @cached_property
     def seen(self) -> tuple[int, ...]:
         """For each segment the tokens of its whole chain: how many its last token sees."""
-        return tuple(sum(self.lengths[i] for i in chain) for chain in self.chains)
+        begins = _begins(self.lengths, self.parents or [None] * len(self.lengths))
+        return tuple(begin + n for begin, n in zip(begins, self.lengths, strict=True))
 
     @property
     def branches(self) -> bool:
