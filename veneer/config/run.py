@@ -15,6 +15,7 @@ from veneer.config.values import (
     Folder,
     ModelName,
     Names,
+    Optim,
     Ranks,
     RateOrAuto,
     RowsOrFraction,
@@ -79,7 +80,9 @@ class TrainSettings(Settings):
     )
     num_train_epochs: float = Field(default=3.0, gt=0, description="passes over the data")
     max_steps: StepsOrUnlimited = Field(default=None, description="optimiser steps; wins over num_train_epochs")
-    per_device_train_batch_size: Positive = Field(default=8, description="rows in a forward pass")
+    per_device_train_batch_size: Positive = Field(
+        default=8, description="rows in a forward pass; torchrun's processes share them"
+    )
     gradient_accumulation_steps: Positive = Field(default=1, description="forward passes to an optimiser step")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="shape after warm-up"
@@ -87,6 +90,7 @@ class TrainSettings(Settings):
     warmup_ratio: float = Field(default=0.1, ge=0, le=1, description="share of the steps that warm up from zero")
     warmup_steps: int | None = Field(default=None, ge=0, description="warm-up in steps; wins over warmup_ratio")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay of A and B")
+    optim: Optim = Field(default="adamw", description="optimiser; 8-bit and paged ones come from bitsandbytes")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient's norm to this; 0 = never")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
@@ -103,6 +107,7 @@ class TrainSettings(Settings):
     )
     load_best_model_at_end: bool = Field(default=True, description="keep the adapter of the lowest validation loss")
     gradient_checkpointing: bool = Field(default=False, description="compute activations twice: less memory, slower")
+    fsdp: bool = Field(default=False, description="with torchrun: each process holds a share of the base, not all")
 
 
 class RunConfig(Settings):

@@ -63,6 +63,10 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(name, name)
 
 
+def _optim(value: Any) -> Any:
+    return _OPTIMS.get(value, value) if isinstance(value, str) else value
+
+
 def _whole_or_fraction(value: float) -> float | int:
     if value >= 1 and value != int(value):
         raise PydanticCustomError("split", "Input should be a fraction below 1 or a whole number of rows")
@@ -78,6 +82,14 @@ def _unlimited(value: Any) -> Any:
     return None if str(value) == "-1" else value
 
 
+# As transformers and axolotl spell them.
+_OPTIMS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "paged_adamw_32bit": "paged_adamw",
+}
+_OPTIMS |= {"adamw_bnb_8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit"}
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 Text = Annotated[str, Metavar("TEXT")]
@@ -90,6 +102,7 @@ Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_word_or_
 Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_dict), Metavar("MODULE=N,...")]
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
+Optim = Annotated[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], BeforeValidator(_optim)]
 RowsOrFraction = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 RateOrAuto = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto), Metavar("X")]
 StepsOrUnlimited = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_unlimited), Metavar("N")]

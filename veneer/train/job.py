@@ -16,7 +16,7 @@ from veneer.data.chat import Example
 from veneer.errors import CheckpointError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
-from veneer.train.optim import FlatParameters, adamw
+from veneer.train.optim import FlatParameters, optimizer_state, restore_optimizer, start_optimizer
 from veneer.train.schedule import factor
 
 # What a checkpoint keeps of a job beside its tensors.
@@ -27,10 +27,13 @@ def total_steps(settings: TrainSettings, rows: int) -> int:
     """Optimiser steps of a whole run."""
     if settings.max_steps is not None:
         return settings.max_steps
-    micro = (
-        Batches(rows, settings.per_device_train_batch_size, settings.seed).steps_per_epoch * settings.num_train_epochs
-    )
-    return max(1, math.ceil(micro / settings.gradient_accumulation_steps))
+    return max(1, math.ceil(_batches(settings, rows).steps_per_epoch * settings.num_train_epochs))
+
+
+def _batches(settings: TrainSettings, rows: int) -> Batches:
+    """A batch here is what one optimiser step sees: how it is cut into forward passes changes no step."""
+    size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    return Batches(rows, size, settings.seed)
 
 
 @dataclass
@@ -57,14 +60,12 @@ class Job:
 
     def __post_init__(self) -> None:
         self.total = total_steps(self.settings, len(self.train))
-        self.batches = Batches(len(self.train), self.settings.per_device_train_batch_size, self.settings.seed)
+        self.batches = _batches(self.settings, len(self.train))
         self.flat = FlatParameters([p for method in self.methods.values() for p in method.parameters()])
-        self.optimizer = adamw(self.flat, self.settings)
-        self.eval_steps = self.settings.eval_steps or self._each_epoch()
-        self.save_steps = self.settings.save_steps or max(1, min(self._each_epoch(), self.total // 8))
-
-    def _each_epoch(self) -> int:
-        return max(1, self.batches.steps_per_epoch // self.settings.gradient_accumulation_steps)
+        self.optimizer = start_optimizer(self.flat, self.settings)
+        epoch = self.batches.steps_per_epoch
+        self.eval_steps = self.settings.eval_steps or epoch
+        self.save_steps = self.settings.save_steps or max(1, min(epoch, self.total // 8))
 
     @property
     def done(self) -> bool:
@@ -72,13 +73,12 @@ class Job:
 
     @property
     def epoch(self) -> float:
-        return self.step * self.settings.gradient_accumulation_steps / self.batches.steps_per_epoch
+        return self.step / self.batches.steps_per_epoch
 
     def rows(self, micro: int) -> list[Example]:
-        """The examples of micro-batch `micro` of the coming step."""
-        return [
-            self.train[row] for row in self.batches.rows(self.step * self.settings.gradient_accumulation_steps + micro)
-        ]
+        """The examples of micro-batch `micro` of the coming step; none where the epoch's last step is a short one."""
+        size = self.settings.per_device_train_batch_size
+        return [self.train[row] for row in self.batches.rows(self.step)[micro * size : (micro + 1) * size]]
 
     def dropout_key(self, micro: int) -> int | None:
         """The key of micro-batch `micro` of the coming step; None where nothing is dropped."""
@@ -120,33 +120,20 @@ class Job:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that changes while training: tensors and plain numbers."""
-        tensors = {"values": self.flat.values_P.data}
-        tensors |= {
-            name: value for name, value in self.optimizer.state.get(self.flat.values_P, {}).items() if name != "step"
-        }
+        tensors, counts = optimizer_state(self.optimizer)
+        tensors["values"] = self.flat.values_P.data
         if self.best_P is not None:
             tensors["best"] = self.best_P
-        names = (
-            "step",
-            "tokens",
-            "seconds",
-            "last_loss",
-            "best_loss",
-            "best_step",
-            "evaluations_without_gain",
-            "stopped_early",
-        )
-        return tensors, {name: getattr(self, name) for name in names}
+        return tensors, {name: getattr(self, name) for name in PROGRESS} | {"optimizer": counts}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """The inverse of `state`. Raises CheckpointError when the tensors do not fit this adapter."""
         if tensors["values"].shape != self.flat.values_P.shape:
             got, wanted = tensors["values"].numel(), len(self.flat)
             raise CheckpointError(f"the checkpoint of {self.slot!r} holds {got} parameters, this run has {wanted}")
-        self.flat.values_P.data.copy_(tensors["values"])
-        self.best_P = tensors["best"].clone() if "best" in tensors else None
-        for name, value in numbers.items():
-            setattr(self, name, value)
+        for name in PROGRESS:
+            setattr(self, name, numbers[name])
         if self.step:
-            moments = {name: tensors[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[self.flat.values_P] = {"step": torch.tensor(float(self.step)), **moments}
+            restore_optimizer(self.optimizer, tensors, numbers["optimizer"])
+        self.flat.values_P.data.copy_(tensors["values"])
+        self.best_P = tensors["best"].to(self.flat.values_P, copy=True) if "best" in tensors else None
