@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.errors import ModelError, listed
+from veneer.errors import ModelError
+from veneer.model import bnb
 from veneer.model import fingerprint as fingerprints
 from veneer.model.probe import probe
-from veneer.model.source import Source, resolve, unknown
+from veneer.model.quantised import Way, check_way, read_quantised
+from veneer.model.read import opened, quiet, read_config, read_model, read_tokenizer
+from veneer.model.source import Source, resolve
 from veneer.model.sources import checkpoint_files
 from veneer.model.swap import swap_norms
-from veneer.model.unpack import unpacked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,43 +39,55 @@ class Loaded:
         return iter((self.model, self.tokenizer))
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto", check: bool = True, tokenizer: Any = None) -> Loaded:
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    check: bool = True,
+    tokenizer: Any = None,
+    storage: str = "dense",
+    progress: bool = True,
+) -> Loaded:
     """The base model `name`: 'smollm2', a GGUF file, a local folder or a hub id.
 
     dtype: 'float32', 'bfloat16', or 'auto' (bfloat16 where the machine multiplies it fast, else float32).
     check: probe that packed segments equal each alone (a fraction of a second); a family that fails is refused by name.
     tokenizer: the model's, where it is loaded already.
+    storage: how linear layers but the vocabulary head are held, a name of `veneer.bases.BASES`: quantised tensor by
+    tensor as they are read, so that the dense model never exists as a whole. A checkpoint of bitsandbytes in 4 bits
+    is loaded as it is. dtype is then that of the products, and of what stays dense.
+    progress: a bar on standard error, where that takes a while.
     Raises ModelError.
     """
     source, place = resolve(name), _device(device)
     chosen = fastest_dtype(place) if dtype == "auto" else DTYPES.get(dtype)
     if chosen is None:
         raise ModelError(f"dtype {dtype!r}: wanted one of auto, {', '.join(DTYPES)}")
-    with _quiet():
-        tokenizer, model = tokenizer or _tokenizer(source), _model(source, chosen)
-    prepare(model)
-    model.to(place)
+    with quiet():
+        files = opened(source)
+        tokenizer = tokenizer or read_tokenizer(files)
+        way = _way(files, Way(storage, chosen, place))
+    with _enough_memory(way):
+        model = _model(files, way, progress)
+        prepare(model)
+        model.to(place)
     model.veneer_source, model.veneer_stored_dtype = source, _stored_dtype(source)
     model.veneer_fingerprint = _fingerprint(source, model, tokenizer)
     if check:
         probe(model)
-    return Loaded(model, tokenizer, model.veneer_fingerprint, name, f"dense {str(chosen).removeprefix('torch.')}")
+    return Loaded(model, tokenizer, model.veneer_fingerprint, name, str(way))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for verbs that need no weights."""
-    with _quiet():
-        return _tokenizer(resolve(name))
+    with quiet():
+        return read_tokenizer(opened(resolve(name)))
 
 
 def load_config(name: str) -> Any:
     """The configuration alone: sizes, family."""
-    with _quiet():
-        source = _opened(resolve(name))
-        try:
-            return AutoConfig.from_pretrained(source.place, trust_remote_code=False, **source.options())
-        except Exception as error:  # transformers raises many kinds here, all of them meaning "no such model"
-            raise unknown(source.name, _first_line(error)) from error
+    with quiet():
+        return read_config(opened(resolve(name)))
 
 
 def prepare(model: nn.Module) -> None:
@@ -107,58 +118,36 @@ def _device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _opened(source: Source) -> Source:
-    return unpacked(source, lambda packed: (_read_model(packed, torch.float32), _read_tokenizer(packed)))
+def _way(source: Source, asked: Way) -> Way:
+    """What was asked for, or what the checkpoint is stored as. Raises ModelError where the two contradict."""
+    config = None if source.gguf_file else read_config(source)
+    stored = bnb.stored_as(source.name, getattr(config, "quantization_config", None))
+    way = asked if stored is None else dataclasses.replace(asked, storage=bnb.agree(source.name, stored, asked.storage))
+    check_way(way)
+    return dataclasses.replace(way, packed=stored is not None)
 
 
-def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    return _read_tokenizer(_opened(source))
+def _model(source: Source, way: Way, progress: bool) -> PreTrainedModel:
+    if way.storage != "dense":
+        return read_quantised(source, way, progress)
+    with quiet():
+        return read_model(source, way.dtype)
 
 
-def _model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    return _read_model(_opened(source), dtype)
-
-
-def _read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+@contextmanager
+def _enough_memory(way: Way) -> Iterator[None]:
+    """What to try when the model does not fit."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **source.options())
-    except Exception as error:  # transformers raises many kinds here, all of them meaning "no such tokenizer"
-        raise unknown(source.name, _first_line(error)) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _read_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, **source.options()}
-    if source.gguf_file:
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-        del options["use_safetensors"]
-    try:
-        model, told = AutoModelForCausalLM.from_pretrained(source.place, output_loading_info=True, **options)
-    except Exception as error:  # as above
-        raise unknown(source.name, _first_line(error)) from error
-    _check_complete(source, told)
-    if source.gguf_file:
-        _forget_gguf(model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        kind = getattr(model.config.quantization_config, "quant_method", "an unknown way")
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        smaller = {"dense": "--load-in-8bit or --load-in-4bit", "nf4": "--bnb-4bit-use-double-quant"}
+        advice = smaller.get(way.storage, "--load-in-4bit --bnb-4bit-use-double-quant")
+        advice = "" if way.storage == "nf4-dq" else f"{advice}, "
+        where = f"on {way.device}" if way.device.type == "cuda" else "in this machine's memory"
         raise ModelError(
-            f"{source.name} is quantised ({kind}); this version trains on dense weights: name the original model"
-        )
-    return model.eval()
-
-
-def _check_complete(source: Source, told: dict[str, Any]) -> None:
-    """transformers fills a missing tensor with random numbers, and leaves out what does not fit, with a warning."""
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    faults = [
-        f"{kind.replace('_', ' ')}: {', '.join(map(str, sorted(told[kind])[:5]))}" for kind in kinds if told.get(kind)
-    ]
-    if faults:
-        raise ModelError(listed(f"the checkpoint of {source.name} does not fit its config.json:", faults))
+            f"the base model does not fit {where} as {way}; next: {advice}a smaller base, a larger device, "
+            "or end what else uses this one"
+        ) from error
 
 
 def _stored_dtype(source: Source) -> torch.dtype:
@@ -177,29 +166,3 @@ def _fingerprint(
     files = checkpoint_files(str(source.local or source.place))
     found = fingerprints.of(model, tokenizer)
     return dataclasses.replace(found, weights=fingerprints.weights_of(files)) if files else found
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """The weights are dense now; a left-over quantisation mark would block saving and training."""
-    for holder in (model.config, model):
-        for name in ("quantization_config", "hf_quantizer", "quantization_method"):
-            if hasattr(holder, name):
-                delattr(holder, name)
-    model.is_quantized = False
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers and gguf while loading: their bars and warnings say nothing that a user could act on."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.bases.base import Base
 from veneer.bases.dense import Dense
 from veneer.errors import ModelError
 from veneer.model.leaf import Leaf
@@ -44,13 +45,18 @@ def leaf_at(model: nn.Module, path: str) -> Leaf:
     if isinstance(module, Leaf):
         return module
     check_adaptable(model, path)
-    leaf = Leaf(Dense.from_linear(module), wiring_of(model), path)
+    return place_leaf(model, path, Dense.from_linear(module))
+
+
+def place_leaf(model: nn.Module, path: str, base: Base) -> Leaf:
+    """Puts a leaf around `base` where another module stands, and makes it known to its siblings."""
+    leaf = Leaf(base, wiring_of(model), path)
     for neighbour in model.get_submodule(path.rpartition(".")[0]).children():
         if isinstance(neighbour, Leaf) and family(neighbour.path) == family(path):
             neighbour.siblings.append(leaf)
             leaf.siblings = neighbour.siblings
             break
-    leaf.train(module.training)
+    leaf.train(model.get_submodule(path).training)
     place(model, path, leaf)
     return leaf
 
@@ -62,8 +68,15 @@ def place(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def unswap(model: nn.Module) -> int:
-    """Puts plain linear layers back where leaves stand, the same weights; returns how many."""
-    leaves = [(path, module) for path, module in model.named_modules() if isinstance(module, Leaf)]
+    """Puts plain linear layers back where dense leaves stand, the same weights; returns how many.
+
+    A leaf of a quantised storage stays: no plain linear layer holds its weight.
+    """
+    leaves = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, Leaf) and isinstance(module.base, Dense)
+    ]
     for path, leaf in leaves:
         linear = nn.Linear(leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta")
         linear.weight, linear.bias = leaf.base.weight, leaf.base.bias
