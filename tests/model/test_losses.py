@@ -19,6 +19,7 @@ from torch import nn
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
 from veneer.errors import VeneerError
+from veneer.kernels import cross_entropy as kernel
 from veneer.model import losses
 from veneer.model.losses import head_nll, sequence_nll, targets_of
 from veneer.model.packed import speaking
@@ -93,7 +94,7 @@ def test_the_chunked_head_is_cross_entropy_of_the_logits(targets, vocabulary, bi
     hidden = torch.randn(targets, 6, generator=generator).requires_grad_()
     tokens = torch.randint(vocabulary, (targets,), generator=generator)
     g = torch.randn(targets, generator=generator)
-    with mock.patch.object(losses, "CHUNK", chunk), mock.patch.object(losses, "BLOCK", block):
+    with mock.patch.object(losses, "CHUNK", chunk), mock.patch.object(kernel, "BLOCK", block):
         nll = head_nll(hidden, head, tokens)
         (got,) = torch.autograd.grad(nll, hidden, g)
     wanted = F.cross_entropy(head(hidden), tokens, reduction="none")
@@ -118,13 +119,13 @@ def test_the_real_chunk_size_at_its_borders(targets):
 
 def test_only_a_chunk_of_logits_exists_at_a_time():
     seen = []
-    turned = losses._to_gradients
+    turned = losses.cross_entropy_
 
     def watched(logits_MV, *rest):
         seen.append(len(logits_MV))
         return turned(logits_MV, *rest)
 
-    with mock.patch.object(losses, "CHUNK", 3), mock.patch.object(losses, "_to_gradients", watched):
+    with mock.patch.object(losses, "CHUNK", 3), mock.patch.object(losses, "cross_entropy_", watched):
         head_nll(torch.randn(8, 4), nn.Linear(4, 5), torch.zeros(8, dtype=torch.int64))
     assert seen == [3, 3, 2]
 

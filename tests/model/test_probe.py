@@ -41,7 +41,7 @@ def test_a_right_model_passes_and_is_unchanged(model, dtype):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-TO_GRADIENTS = losses._to_gradients
+TO_GRADIENTS = losses.cross_entropy_
 
 
 class NoMask(attention.Buckets):
@@ -66,7 +66,10 @@ class NoChains(attention.Buckets):
         (mock.patch.object(attention, "Buckets", NoMask), "first of three packed sequences.*second of three"),
         (mock.patch.object(attention, "Buckets", OneSegment), "third of three packed sequences"),
         (mock.patch.object(attention, "Buckets", NoChains), "first of three packed sequences.*second of three"),
-        (mock.patch.object(losses, "_to_gradients", lambda *args: TO_GRADIENTS(*args) * 1.3), "loss in chunks differs"),
+        (
+            mock.patch.object(losses, "cross_entropy_", lambda *args: TO_GRADIENTS(*args) * 1.3),
+            "loss in chunks differs",
+        ),
         (mock.patch.object(attention, "_segments", side_effect=KeyError("lost")), "packed forward failed.*lost"),
     ],
     ids=["mask", "borders", "chains", "head", "crash"],

@@ -7,12 +7,14 @@ The queries of a segment are its own tokens, its keys those of its whole chain: 
 
 CPU: short segments go through batched products with the softmax in float32 (`Buckets`), because torch's flash backward
 costs 2-4 ms a call however small the segment is; long ones (> SHORT²) through torch's flash kernel, one call each.
-CUDA in half precision: one varlen flash kernel over the whole stream; in float32 as on the CPU.
+CUDA in half precision: one varlen flash kernel over the whole stream, or cuDNN's where all segments are of one length;
+in float32 as on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,16 +57,36 @@ def packed_attention(
 
 
 def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
+    plan = varlen_of(stream)
+    if plan.equal and _cudnn_is_fastest(q_HTD.device.index):
+        return _equal(q_HTD, k_KTD, v_KTD, plan.equal, scale)
     from torch.nn.attention.varlen import varlen_attn
 
-    plan = stream.plans.get("varlen") or stream.plans.setdefault("varlen", Varlen(stream))
     # Gathered in float32: what several segments send back to a shared row is summed there and rounded once.
     keys = (x if plan.keys is None else x.float().index_select(1, plan.keys).to(x.dtype) for x in (k_KTD, v_KTD))
-    q, k, v = (x.transpose(0, 1) for x in (q_HTD, *(_repeated(x, q_HTD) for x in keys)))
+    q, k, v = (x.transpose(0, 1) for x in (q_HTD, *keys))
     # Each segment's queries are the last of its keys: the kernel's causal mask is aligned at the end.
     return varlen_attn(
         q, k, v, plan.starts, plan.key_starts, plan.longest, plan.longest_keys, scale=scale, window_size=(-1, 0)
     )
+
+
+def _equal(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, length: int, scale: float) -> Tensor:
+    """Segments of one length as a batch through cuDNN's kernel, nearly twice as fast as flash 2 on a H100."""
+    q, k, v = (x.unflatten(1, (-1, length)).transpose(0, 1) for x in (q_HTD, k_KTD, v_KTD))
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out_NHLD = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
+    return out_NHLD.transpose(1, 2).flatten(0, 1)
+
+
+@cache
+def _cudnn_is_fastest(device: int) -> bool:
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def varlen_of(stream: Stream) -> Varlen:
+    """The stream's plan, made at the first question: before a compiled layer asks, which cannot make one."""
+    return stream.plans.get("varlen") or stream.plans.setdefault("varlen", Varlen(stream))
 
 
 class Varlen:
@@ -75,6 +97,8 @@ class Varlen:
         self.starts = torch.tensor(stream.starts, dtype=torch.int32, device=device)
         self.key_starts = torch.tensor(running_sums(stream.seen), dtype=torch.int32, device=device)
         self.longest, self.longest_keys = max(stream.lengths), max(stream.seen)
+        alike = len(set(stream.lengths)) == 1 and not stream.branches
+        self.equal = self.longest if alike else 0  # the length of every segment; 0: they differ
         rows = [row for segment in range(len(stream.lengths)) for row in stream.rows_of(segment)]
         self.keys = torch.tensor(rows, device=device) if stream.branches else None  # None: the stream's own rows
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.kernels.cross_entropy import cross_entropy_
 from veneer.model.packed import hidden_states, running
 from veneer.model.stream import EVEN, Stream, pack
 
 CHUNK = 512  # rows of logits alive at once
-BLOCK = 16  # rows of them that a core's cache holds in float32
 
 # name -> "module:function"; (model, stream, targets) -> sum_N, count_N
 LOSSES: dict[str, str] = {
@@ -78,7 +78,7 @@ class _HeadNLL(torch.autograd.Function):
         for start in range(0, len(hidden_MD), CHUNK):
             rows = slice(start, start + CHUNK)
             logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, bias_V)
-            nll_M[rows] = _to_gradients(logits_MV, tokens_M[rows], wanted)
+            nll_M[rows] = cross_entropy_(logits_MV, tokens_M[rows], wanted)
             if grad_MD is not None:
                 grad_MD[rows] = (logits_MV @ weight_VD).to(grad_MD.dtype)
         ctx.save_for_backward(grad_MD)
@@ -90,24 +90,9 @@ class _HeadNLL(torch.autograd.Function):
         return (grad_MD * g_M[:, None].to(grad_MD.dtype)), None, None, None
 
 
-def _to_gradients(logits_MV: Tensor, tokens_M: Tensor, wanted: bool) -> Tensor:
-    """-log softmax(logits)[token], (M) in float32; where wanted, the logits become their own gradients, in place."""
-    nll_M = torch.empty(len(logits_MV), dtype=torch.float32, device=logits_MV.device)
-    step = BLOCK if logits_MV.device.type == "cpu" else len(logits_MV)
-    for logits, tokens, nll in zip(logits_MV.split(step), tokens_M.split(step), nll_M.split(step), strict=True):
-        log_probs = logits.float().log_softmax(-1)
-        nll.copy_(log_probs.gather(1, tokens[:, None]).squeeze(1).neg_())
-        if not wanted:
-            continue
-        probs = log_probs.exp_()
-        probs.scatter_add_(1, tokens[:, None], torch.full_like(probs[:, :1], -1.0))
-        logits.copy_(probs)
-    return nll_M
-
-
 @torch.no_grad()
 def sequence_nll(
-    model: nn.Module, examples: Sequence, slot: str | None, max_tokens: int = 4096
+    model: nn.Module, examples: Sequence, slot: str | None, max_tokens: int = STREAM
 ) -> list[tuple[float, int]]:
     """Sum of token cross-entropies and number of targets of every example, spoken by `slot` (None: the base).
 
@@ -115,7 +100,7 @@ def sequence_nll(
     """
     device = next(model.parameters()).device
     results: list[tuple[float, int]] = []
-    for group in _groups(examples, max_tokens):
+    for group in streams_of(examples, max_tokens):
         stream = pack([example.input_ids for example in group], [slot] * len(group), device, share=True, multiple=EVEN)
         with running(model, stream):
             sums_N, counts_N = cross_entropy(model, stream, targets_of(stream, [example.targets for example in group]))
@@ -123,8 +108,8 @@ def sequence_nll(
     return results
 
 
-def _groups(examples: Sequence, max_tokens: int) -> list[list]:
-    """Neighbours together while they fit."""
+def streams_of(examples: Sequence, max_tokens: int) -> list[list]:
+    """Neighbours together while they fit into max_tokens; a longer example stands alone."""
     groups: list[list] = []
     total = 0
     for example in examples:

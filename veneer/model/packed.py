@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from veneer.errors import ModelError
-from veneer.model.attention import ATTENTION
+from veneer.model.attention import ATTENTION, varlen_of
 from veneer.model.siblings import Waiting
 from veneer.model.stream import Stream
 
@@ -27,6 +27,8 @@ class Wiring:
         self.stream: Stream | None = None
         self.slots: list[str] = []  # in the order of attaching
         self.waiting = Waiting()
+        self.whole: str | None = None  # the one slot that speaks over all rows of the stream; None: none, or several
+        self.thin: tuple | None = None  # x and its thin products, while siblings are traced: see veneer.model.traced
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
@@ -54,16 +56,25 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     before = [(config, config._attn_implementation) for config in configs.values()]
-    wiring.stream = stream
+    wiring.stream, wiring.whole = stream, _whole(stream)
+    if stream.token_ids_T.is_cuda:
+        varlen_of(stream)
     try:
         for config, _ in before:
             config._attn_implementation = ATTENTION
         yield
     finally:
-        wiring.stream = None
+        wiring.stream = wiring.whole = wiring.thin = None
         wiring.waiting.clear()
         for config, attention in before:
             config._attn_implementation = attention
+
+
+def _whole(stream: Stream) -> str | None:
+    """The slot that speaks over all rows, alone and without dropout; None where it is not as simple as that."""
+    (span, *others) = stream.spans or (None,)
+    simple = span is not None and not others and (span.start, span.stop, span.weight) == (0, len(stream.token_ids_T), 1)
+    return span.slot if simple and span.slot not in stream.dropout_keys else None
 
 
 def hidden_states(model: nn.Module) -> Tensor:
