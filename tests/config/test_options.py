@@ -23,8 +23,9 @@ def test_sections_are_opened_and_groups_named() -> None:
     assert options["r"].path == ("lora", "r")
     assert options["base_model"].path == ("base_model",)
     assert {"lora", "data", "train"}.isdisjoint(options)
-    assert [options[name].group for name in ("dtype", "dataset", "r", "seed")] == [
+    assert [options[name].group for name in ("base_model", "dtype", "dataset", "r", "seed")] == [
         "Run",
+        "Storage of the base",
         "Data",
         "Low-rank update",
         "Training",

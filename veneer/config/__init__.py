@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from veneer.config.options import Option, options_of
     from veneer.config.run import DataSettings, LoraSettings, RunConfig, TrainSettings
     from veneer.config.settings import Settings, read
+    from veneer.config.storage import StorageSettings
     from veneer.config.verbs import (
         BaseSettings,
         ChatSettings,
@@ -44,6 +45,7 @@ __all__ = [
     "PreviewSettings",
     "RunConfig",
     "Settings",
+    "StorageSettings",
     "TrainSettings",
     "dump_yaml",
     "options_of",
@@ -58,6 +60,7 @@ _HOMES = {
     "options": "Option options_of",
     "run": "DataSettings LoraSettings RunConfig TrainSettings",
     "settings": "Settings read",
+    "storage": "StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "
     "PreviewSettings",
 }

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.config.settings import Settings
+from veneer.config.storage import StorageSettings
 from veneer.config.values import (
     Alphas,
-    Dtype,
     File,
     Folder,
     ModelName,
@@ -110,14 +110,13 @@ class TrainSettings(Settings):
     fsdp: bool = Field(default=False, description="with torchrun: each process holds a share of the base, not all")
 
 
-class RunConfig(Settings):
+class RunConfig(StorageSettings):
     """One training run, complete: equal settings and equal data give an equal adapter."""
 
     group: ClassVar[str] = "Run"
 
     base_model: ModelName = Field(description="hub id, local folder, GGUF file, or smollm2")
     output_dir: Folder = Field(description="folder for adapter, metrics, checkpoints and report")
-    dtype: Dtype = Field(default="auto", description="storage of the frozen base")
     method: Literal["lora"] = Field(default="lora", description="kind of update")
     data: DataSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)

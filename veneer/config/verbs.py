@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.config.settings import Settings
-from veneer.config.values import Dtype, File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
+from veneer.config.storage import StorageSettings
+from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -46,7 +47,7 @@ NamedFolders = Annotated[
 ]
 
 
-class BaseSettings(Settings):
+class BaseSettings(StorageSettings):
     """Which base model, stored how."""
 
     group: ClassVar[str] = "Base model"
@@ -54,7 +55,6 @@ class BaseSettings(Settings):
     base_model: ModelName | None = Field(
         default=None, description="hub id, local folder, GGUF file, or smollm2; default: the one the adapter names"
     )
-    dtype: Dtype = Field(default="auto", description="storage of the base")
 
     def _need_model(self, adapter: Any) -> None:
         if self.base_model is None and not adapter:
@@ -166,6 +166,12 @@ class MergeSettings(BaseSettings):
             raise PydanticCustomError("into_base", "adapters are merged into their base only: add `into_base`")
         if len(self.adapters) > 1:
             raise PydanticCustomError("one", "one adapter is merged into the base at a time")
+        if self.storage != "dense":
+            raise PydanticCustomError(
+                "dense",
+                "the update is added to the dense weights, whatever it was trained on; leave {options} out",
+                {"options": " and ".join(f"`{name}`" for name in self.storage_options())},
+            )
         return self
 
 
