@@ -19,6 +19,7 @@ from veneer.model.packed import hidden_states, running
 from veneer.model.stream import EVEN, Stream, pack
 
 CHUNK = 512  # rows of logits alive at once
+STREAM = 4096  # tokens that are evaluated in one forward pass
 
 # name -> "module:function"; (model, stream, targets) -> sum_N, count_N
 LOSSES: dict[str, str] = {
