@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from veneer.bases.base import Base
+from veneer.bases.base import Base, check_weight, frozen
 
 
 class Dense(Base):
     """A dense frozen weight (O, I)."""
+
+    storage = "dense"
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -22,8 +24,25 @@ class Dense(Base):
             parameter.requires_grad_(False)
 
     @classmethod
+    def from_weight(cls, weight_OI: Tensor, bias_O: Tensor | None = None) -> Dense:
+        check_weight(cls.storage, weight_OI)
+        return cls(frozen(weight_OI), None if bias_O is None else frozen(bias_O))
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear) -> Dense:
         return cls(linear.weight, linear.bias)
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> Dense:
+        weight = frozen(torch.empty(out_features, in_features, dtype=dtype, device=device))
+        return cls(weight, frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
 
     def matmul(self, x_TI: Tensor) -> Tensor:
         return torch.mm(x_TI.to(self.weight.dtype), self.weight.t()).to(x_TI.dtype)
@@ -34,11 +53,8 @@ class Dense(Base):
         product_TI = torch.mm(g_TO.to(self.weight.dtype), self.weight).to(g_TO.dtype)
         return product_TI if into is None else into.add_(product_TI)
 
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight.detach().to(dtype or self.dtype)
+
     def dense(self) -> Tensor:
         return self.weight.detach().to(torch.float32, copy=True)
-
-    def packed(self, w_OI: Tensor) -> Dense:
-        if w_OI.shape != self.weight.shape:
-            raise ValueError(f"packed: got {tuple(w_OI.shape)}, wanted {tuple(self.weight.shape)}")
-        weight = nn.Parameter(w_OI.detach().to(self.weight, copy=True), requires_grad=False)
-        return Dense(weight, self.bias)
