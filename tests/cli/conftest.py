@@ -57,6 +57,7 @@ class Model:
     """A base whose text is `slot: last message` and which remembers what it was asked."""
 
     name: str = "smollm2"
+    storage: str = "dense"
     slots: dict[str, str] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
 
@@ -86,10 +87,10 @@ def model(stub: Stub) -> Model:
             messages = conv.messages
             return self.system + (messages[:-1] if messages[-1]["role"] == "assistant" else messages)
 
-    def load(name: str, dtype: str) -> Any:
-        base.name = name
+    def load(name: str, dtype: str, storage: str) -> Any:
+        base.name, base.storage = name, storage
         print("a library that prints to standard output")
-        return types.SimpleNamespace(model=base, tokenizer=None, name=name)
+        return types.SimpleNamespace(model=base, tokenizer=None, name=name, storage=f"{storage} {dtype}")
 
     def attach(to: Model, adapter: Adapter, name: str) -> None:
         to.slots[name] = adapter.folder
@@ -101,7 +102,7 @@ def model(stub: Stub) -> Model:
         return [to.say(prompt, slot, options) for prompt in prompts]
 
     stub("veneer.adapter.card", Adapter=Adapter)
-    stub("veneer.adapter.attach", attach=attach)
+    stub("veneer.adapter.attach", attach=attach, storage_note=lambda adapter, storage, name: None)
     stub("veneer.model.load", load=load)
     stub("veneer.model.generate", stream=stream, generate=generate)
     import veneer.data.chat as real

@@ -16,8 +16,8 @@ from torch import nn
 from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.verify import check_base
-from veneer.config import LoraSettings
-from veneer.errors import AdapterError, ConfigError, ModelError, listed, nearest
+from veneer.config import SWITCHES, LoraSettings
+from veneer.errors import AdapterError, ConfigError, ModelError, NotMergeable, listed, nearest
 from veneer.methods.base import Method
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
@@ -74,8 +74,24 @@ def take(
     return Adapter(tensors, _card(model, methods, base_name, storage, training or {}))
 
 
+def storage_note(adapter: Adapter, storage: str, name: str) -> str | None:
+    """What to tell where the adapter `name` learned beside a base stored otherwise than this one ('nf4 bfloat16').
+
+    Never a fault: the weights are those of the same files, to the rounding of either storage.
+    """
+    kind, trained = storage.split()[0], (adapter.card.storage or storage).split()[0]
+    if kind == trained:
+        return None
+    switches = SWITCHES.get(trained, "no storage option")
+    told = f"{name} was trained on a base stored as {adapter.card.storage}, this one is {storage}"
+    return f"{told}: answers can differ a little ({switches} loads the base as it was)"
+
+
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Takes one slot off; without a name all of them, and plain linear layers stand there again. Returns the model."""
+    """Takes one slot off; without a name all of them, and plain linear layers stand there again. Returns the model.
+
+    Layers that were loaded quantised stay leaves: no plain linear layer holds their weights.
+    """
     wiring = wiring_of(model)
     for slot in [name] if name is not None else list(wiring.slots):
         for path in methods_of(model, slot):
@@ -100,14 +116,25 @@ def methods_of(model: nn.Module, name: str) -> dict[str, Method]:
 def merge_into(model: nn.Module, name: str = "default") -> nn.Module:
     """Adds the slot's update to the base weights (sum in float32, rounded once), takes the slot off, returns the model.
 
-    Raises NotMergeable before anything is changed.
+    Raises NotMergeable before anything is changed, and for a quantised base, where rounding the sum to its few values
+    would take most of the update.
     """
+    _need_dense(model, name)
     merged = {path: method.merged(model.get_submodule(path).base) for path, method in methods_of(model, name).items()}
     for path, weight_OI in merged.items():
         leaf = model.get_submodule(path)
         leaf.base = leaf.base.packed(weight_OI)
     model.veneer_fingerprint = fingerprints.Fingerprint("unknown", "unknown", "unknown", "unknown")  # other weights now
     return detach(model, name)
+
+
+def _need_dense(model: nn.Module, name: str) -> None:
+    storages = {model.get_submodule(path).base.storage for path in methods_of(model, name)} - {"dense"}
+    if storages:
+        raise NotMergeable(
+            f"the base is stored as {', '.join(sorted(storages))}: rounding base + update to that would take most of "
+            "the update. Next: keep the adapter beside it, or merge into the dense base (veneer merge --into-base)"
+        )
 
 
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
@@ -157,11 +184,19 @@ def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[
 
 
 def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> LoRA:
-    weight = model.get_submodule(path).weight
     start = INITS[settings.init_lora_weights]
-    a_RI, b_OR = start(weight, rank, torch.Generator().manual_seed(_module_seed(seed, path)))
+    a_RI, b_OR = start(
+        _start_weight(model.get_submodule(path)), rank, torch.Generator().manual_seed(_module_seed(seed, path))
+    )
     scale = settings.scale if settings.scale is not None else alpha / (rank**0.5 if settings.use_rslora else rank)
     return LoRA(a_RI, b_OR, scale, settings.lora_dropout)
+
+
+def _start_weight(layer: nn.Module) -> torch.Tensor:
+    """What a start is given: the weight; of a quantised layer its shape alone, for starts look at no values."""
+    if isinstance(layer, Leaf) and layer.base.storage != "dense":
+        return torch.empty(layer.out_features, layer.in_features, device="meta")
+    return layer.weight
 
 
 def _module_seed(seed: int, path: str) -> int:
@@ -194,6 +229,12 @@ def _freeze_base(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def _storage(model: nn.Module, methods: dict[str, Method]) -> str:
+    """How the adapted layers are stored, as in 'nf4 bfloat16'."""
+    kinds = sorted({model.get_submodule(path).base.storage for path in methods})
+    return f"{'+'.join(kinds)} {str(model.dtype).removeprefix('torch.')}"
+
+
 def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage: str, training: dict) -> Card:
     ranks = {path: method.rank for path, method in methods.items()}
     scales = {path: method.scale for path, method in methods.items()}
@@ -207,7 +248,7 @@ def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage:
         base_name=base_name
         or getattr(getattr(model, "veneer_source", None), "name", "")
         or getattr(model, "name_or_path", ""),
-        storage=storage or f"dense {str(model.dtype).removeprefix('torch.')}",
+        storage=storage or _storage(model, methods),
         training=training,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )

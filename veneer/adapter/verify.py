@@ -14,6 +14,7 @@ from torch import nn
 from veneer.adapter.card import Adapter
 from veneer.adapter.faults import add_fault
 from veneer.adapter.patterns import TooCostly, named
+from veneer.bases.base import Base
 from veneer.errors import WrongBaseError, listed
 from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
 
@@ -67,7 +68,9 @@ def _unverified(adapter: Adapter, recorded: Fingerprint, model: Fingerprint) -> 
 
 
 def _shape_OI(module: Any) -> tuple[int, int] | None:
-    """(O, I) of a linear layer; None for anything else."""
+    """(O, I) of a linear layer; None for anything else, and for the weight inside a leaf."""
+    if isinstance(module, Base):
+        return None
     if isinstance(getattr(module, "out_features", None), int):
         return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, stored as (I, O)

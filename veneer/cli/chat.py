@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     """Read, answer, until /quit or the end of the input."""
     parsed = parse(argv, COMMAND)
     settings = parsed.settings
-    session = Session(open_model(settings.base_model, settings.adapters, settings.dtype), settings)
+    session = Session(open_model(settings, settings.adapters), settings)
     say(f"{session.who()}\n{session.help()}")
     for line in _lines(session):
         if not session.take(line, sys.stderr if parsed.json else results()):

@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     parsed = parse(argv, COMMAND)
     settings = parsed.settings
     conversations = _conversations(settings)
-    opened = open_model(settings.base_model, {SLOT: settings.adapter} if settings.adapter else {}, settings.dtype)
+    opened = open_model(settings, {SLOT: settings.adapter} if settings.adapter else {})
     if settings.dataset is None and settings.num_return_sequences == 1 and not parsed.json:
         _stream(opened, settings, conversations[0])
         return 0

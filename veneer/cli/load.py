@@ -10,6 +10,7 @@ from veneer.cli.output import say
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from veneer.config import BaseSettings
     from veneer.data.chat import Conversation
     from veneer.model.load import Loaded
 
@@ -45,15 +46,18 @@ class Opened:
         return template.prompt_ids(conversation)
 
 
-def open_model(base_model: str | None, adapters: Mapping[str, str], dtype: str) -> Opened:
-    """The base with every adapter (slot name -> folder) attached."""
-    from veneer.adapter.attach import attach
+def open_model(settings: BaseSettings, adapters: Mapping[str, str]) -> Opened:
+    """The base of the settings with every adapter (slot name -> folder) attached."""
+    from veneer.adapter.attach import attach, storage_note
     from veneer.adapter.card import Adapter
     from veneer.model.load import load
 
     values = {name: Adapter.load(folder) for name, folder in adapters.items()}
-    loaded = load(base_of(base_model, list(adapters.values())), dtype)
+    base = base_of(settings.base_model, list(adapters.values()))
+    loaded = load(base, settings.dtype, storage=settings.storage)
     for name, adapter in values.items():
+        if note := storage_note(adapter, loaded.storage, name):
+            say(f"note: {note}")
         attach(loaded.model, adapter, name=name)
     prompts = {name: adapter.card.training.get("options", {}).get("system_prompt") for name, adapter in values.items()}
     for name, prompt in prompts.items():

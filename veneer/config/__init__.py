@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from veneer.config.options import Option, options_of
     from veneer.config.run import DataSettings, LoraSettings, RunConfig, TrainSettings
     from veneer.config.settings import Settings, read
-    from veneer.config.storage import StorageSettings
+    from veneer.config.storage import SWITCHES, StorageSettings
     from veneer.config.verbs import (
         BaseSettings,
         ChatSettings,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADVICE",
     "ALIASES",
+    "SWITCHES",
     "BaseSettings",
     "ChatSettings",
     "DataSettings",
@@ -60,7 +61,7 @@ _HOMES = {
     "options": "Option options_of",
     "run": "DataSettings LoraSettings RunConfig TrainSettings",
     "settings": "Settings read",
-    "storage": "StorageSettings",
+    "storage": "SWITCHES StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "
     "PreviewSettings",
 }

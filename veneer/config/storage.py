@@ -18,6 +18,17 @@ _SWITCH = {
 }
 
 
+# storage -> the switches that choose it, as on the command line
+SWITCHES = {
+    "nf4": "--load-in-4bit",
+    "nf4-dq": "--load-in-4bit --bnb-4bit-use-double-quant",
+    "int4": "--load-in-4bit --bnb-4bit-quant-type int4",
+    "int8": "--load-in-8bit",
+    "int8-outlier": "--load-in-8bit --llm-int8-outliers",
+    "fp8": "--load-in-fp8",
+}
+
+
 class StorageSettings(Settings):
     """Storage of the base: dense unless one `load_in_…` is given; every linear layer but the vocabulary head."""
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from veneer.adapter.attach import attach
+from veneer.adapter.attach import attach, storage_note
 from veneer.adapter.card import Adapter
 from veneer.config import EvalSettings
 from veneer.data.sources import read_rows
@@ -29,7 +29,10 @@ def evaluate_files(settings: EvalSettings) -> Result:
     rows = read_rows(settings.dataset)[: settings.limit]
     adapters = {label: Adapter.load(folder) for label, folder in _labels(settings.adapter).items()}
     prompt = system_prompt(adapters)
-    loaded = load(settings.base_model, settings.dtype)
+    loaded = load(settings.base_model, settings.dtype, storage=settings.storage)
+    for label, adapter in adapters.items():
+        if note := storage_note(adapter, loaded.storage, label):
+            print(f"note: {note}", file=sys.stderr)
     for label, adapter in adapters.items():
         attach(loaded.model, adapter, label)
     result = evaluate(

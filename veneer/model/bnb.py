@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.bases.base import Base
-from veneer.errors import ModelError
+from veneer.errors import ModelError, listed
 from veneer.model.shards import Shards
 
 NF4 = {False: "nf4", True: "nf4-dq"}  # with double quantisation? -> name of the storage
@@ -63,14 +63,14 @@ def read(weight: str, shards: Shards, kind: type[Base], shape: tuple[int, int], 
     base = kind.empty(*shape, bias is not None, **to)
     parts = {name.removeprefix(weight.removesuffix("weight")): name for name in shards.file_of if _of(name, weight)}
     state = {part: shards.read(name) for part, name in parts.items()}
-    state["weight"] = _bytes(state["weight"])
     if bias is not None:
         state["bias"] = bias
     try:
         base.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ModelError(f"{weight} in {shards.file_of[weight]} is no NF4 weight of {shape}: {reason}") from error
+    except RuntimeError as error:  # torch's own: a headline, then a line for each fault
+        faults = [line.strip() for line in str(error).splitlines()[1:]]
+        headline = f"{weight} in {shards.file_of[weight]} is not the NF4 weight of a layer {shape}:"
+        raise ModelError(listed(headline, faults or [str(error)])) from error
     return base
 
 
@@ -99,8 +99,3 @@ def _format(facts: Mapping[str, Any]) -> str:
 
 def _of(name: str, weight: str) -> bool:
     return name == weight or name.startswith(f"{weight}.")
-
-
-def _bytes(weight: Tensor) -> Tensor:
-    """The packed codes (n/2, 1) as bytes; for FSDP bitsandbytes may call the same bytes bfloat16."""
-    return weight if weight.dtype == torch.uint8 else weight.contiguous().view(torch.uint8).reshape(-1, 1)

@@ -98,7 +98,9 @@ def train(
         raise ConfigError(f"--output-dir {output} is a file; name a folder")
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
-    loaded = loaded or load(config.base_model, config.dtype, tokenizer=tokenizer)
+    loaded = loaded or load(
+        config.base_model, config.dtype, tokenizer=tokenizer, storage=config.storage, progress=progress
+    )
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
     _set_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
