@@ -1,11 +1,11 @@
-# make demo | test | check | bench: each sets up what it needs in .venv first, from python3 and pip alone.
+# make demo | test | check | bench | bench-gpu: each sets up what it needs in .venv first, from python3 and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench map clean
+.PHONY: demo test check bench bench-gpu map clean
 
 demo: $(VENV)/demo
 	$(BIN)/veneer demo
@@ -22,6 +22,10 @@ check: $(VENV)/test
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.cpu_train
+
+# Needs a CUDA GPU, and the peers (Liger, bitsandbytes, Unsloth) in this environment or in a folder, VENEER_BENCH_PEERS.
+bench-gpu: $(VENV)/test
+	$(BIN)/python -m benchmarks.gpu_train
 
 map: $(VENV)/demo
 	$(BIN)/python tools/map.py

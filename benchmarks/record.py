@@ -21,10 +21,10 @@ PACKAGES = ("veneer", "torch", "transformers", "peft", "trl", "accelerate", "dat
 MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write `benchmarks/results/<name>.json`: `result` under the provenance of this run."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(provenance() | result, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -33,12 +33,21 @@ def provenance() -> dict[str, Any]:
     """Commit, dirty flag, date, hardware and versions of this run."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "HEAD"),
-        # Results are outputs of the run: a file rewritten by the previous benchmark does not make the code dirty.
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        **commit(),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
+
+
+def commit() -> dict[str, Any]:
+    """Commit, and whether the code differs from it. VENEER_COMMIT names it for a copy without its history, `-dirty`
+    at the end where it differs."""
+    named = os.environ.get("VENEER_COMMIT")
+    if named:
+        return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")}
+    # Results are outputs of the run: a file rewritten by the previous benchmark does not make the code dirty.
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
 def hardware() -> dict[str, Any]:
@@ -52,7 +61,19 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(kib / 2**20, 1),
         "instructions": [flag for flag in MATRIX_FLAGS if flag in flags],
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        **({"gpu": found} if (found := gpu()) else {}),
     }
+
+
+def gpu() -> dict[str, Any] | None:
+    """Name, memory in GiB and driver of the first CUDA device; None where there is none. Makes no CUDA context."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+        name, mib, driver = (part.strip() for part in done.stdout.splitlines()[0].split(","))
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        return None
+    return {"name": name, "memory_gib": round(float(mib) / 1024, 1), "driver": driver}
 
 
 def ratios(ours: list[float], theirs: list[float]) -> dict[str, Any]:
@@ -66,7 +87,8 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
