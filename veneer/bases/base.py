@@ -62,8 +62,8 @@ class Base(nn.Module):
         """W as a plain (O, I) tensor, rounded once, to `dtype` or else to the base's own; not to be written to."""
         raise NotImplementedError
 
-    def matmul(self, x_TI: Tensor) -> Tensor:
-        """x W', (T, O) in x's dtype; not differentiable, without bias."""
+    def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
+        """x W', (T, O) in x's dtype; not differentiable, without bias. With `into`, added to it in place."""
         raise NotImplementedError
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:

@@ -44,8 +44,11 @@ class Dense(Base):
         weight = frozen(torch.empty(out_features, in_features, dtype=dtype, device=device))
         return cls(weight, frozen(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
 
-    def matmul(self, x_TI: Tensor) -> Tensor:
-        return torch.mm(x_TI.to(self.weight.dtype), self.weight.t()).to(x_TI.dtype)
+    def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
+        if into is not None and into.dtype == x_TI.dtype == self.weight.dtype:
+            return into.addmm_(x_TI, self.weight.t())
+        product_TO = torch.mm(x_TI.to(self.weight.dtype), self.weight.t()).to(x_TI.dtype)
+        return product_TO if into is None else into.add_(product_TO)
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
         if into is not None and into.dtype == g_TO.dtype == self.weight.dtype:

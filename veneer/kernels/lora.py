@@ -22,7 +22,7 @@ class Products(Protocol):
 
     bias: Tensor | None
 
-    def matmul(self, x_TI: Tensor) -> Tensor: ...
+    def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor: ...
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor: ...
 
@@ -67,51 +67,113 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x_TI: Tensor, bases: tuple[Products, ...], pieces: tuple[Piece, ...], *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        cast = [factor.to(x_TI.dtype) for factor in factors]
-        ys = [base.matmul(x_TI) for base in bases]
-        for base, y_TO in zip(bases, ys, strict=True):
-            if base.bias is not None:
-                y_TO += base.bias.to(y_TO.dtype)
-        runs, zs = _runs(pieces), []
-        for run in runs:
-            rows = slice(run[0].start, run[0].stop)
-            z_TR = x_TI[rows] @ _stacked(run, cast).t()
-            zs.append(z_TR)
-            for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
-                ys[piece.layer][rows].addmm_(z, cast[2 * piece.pair + 1].t(), alpha=piece.scale)
-        ctx.save_for_backward(x_TI, *cast, *zs)
-        ctx.bases, ctx.runs, ctx.dtypes = bases, runs, [factor.dtype for factor in factors]
+        ys, zs = products(x_TI, bases, pieces, factors)
+        ctx.save_for_backward(x_TI, *factors, *zs)
+        ctx.bases, ctx.pieces = bases, pieces
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *gs_TO: Tensor | None) -> tuple[Any, ...]:
+        needed_x, _, _, *needed = ctx.needs_input_grad
         x_TI, *rest = ctx.saved_tensors
-        cast, zs = rest[: len(ctx.dtypes)], rest[len(ctx.dtypes) :]
-        dx_TI = None
-        if ctx.needs_input_grad[0]:
-            for base, g_TO in zip(ctx.bases, gs_TO, strict=True):
-                dx_TI = dx_TI if g_TO is None else base.matmul_t(g_TO, dx_TI)
-        grads = _Gradients(ctx.dtypes, ctx.needs_input_grad[3:])
-        for run, z_TR in zip(ctx.runs, zs, strict=True):
-            rows, parts = slice(run[0].start, run[0].stop), []
-            for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
-                g_TO = gs_TO[piece.layer]
-                if g_TO is None:
-                    parts.append(torch.zeros_like(z))
-                    continue
-                g, b_index = g_TO[rows], 2 * piece.pair + 1
-                parts.append((g @ cast[b_index]).mul_(piece.scale))
-                if grads.needed[b_index]:
-                    # z' g and not g' z: the thin side first is the faster order on CPU.
-                    grads.add(b_index, (z.t() @ g).t(), piece.scale)
-            dz_TR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            if dx_TI is not None:
-                dx_TI[rows].addmm_(dz_TR, _stacked(run, cast))
-            if any(grads.needed[2 * piece.pair] for piece in run):
-                for piece, da in zip(run, _split(dz_TR.t() @ x_TI[rows], run, cast, 0), strict=True):
-                    grads.add(2 * piece.pair, da)
-        return dx_TI, None, None, *grads.sums
+        factors, zs = rest[: len(needed)], rest[len(needed) :]
+        dx_TI, sums = gradients(gs_TO, x_TI, zs, ctx.bases, ctx.pieces, factors, needed_x, needed)
+        return dx_TI, None, None, *sums
+
+
+def products(
+    x_TI: Tensor, bases: Sequence[Products], pieces: Sequence[Piece], factors: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs (T, O) of every layer, and z = x A' of every run of pieces; nothing is recorded for autograd."""
+    cast = [factor.to(x_TI.dtype) for factor in factors]
+    ys: list[Tensor | None] = [None] * len(bases)
+    zs = []
+    for run in _runs(pieces):
+        rows = slice(run[0].start, run[0].stop)
+        z_TR = x_TI[rows] @ _stacked(run, cast).t()
+        zs.append(z_TR)
+        for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
+            b_RO, y_TO = cast[2 * piece.pair + 1].t(), ys[piece.layer]
+            if y_TO is None and _thin_first(x_TI, run):
+                ys[piece.layer] = bases[piece.layer].matmul(x_TI, (z * piece.scale) @ b_RO)
+                continue
+            y_TO = bases[piece.layer].matmul(x_TI) if y_TO is None else y_TO
+            y_TO[rows].addmm_(z, b_RO, alpha=piece.scale)
+            ys[piece.layer] = y_TO
+    outs = [base.matmul(x_TI) if y_TO is None else y_TO for base, y_TO in zip(bases, ys, strict=True)]
+    for base, y_TO in zip(bases, outs, strict=True):
+        if base.bias is not None:
+            y_TO += base.bias.to(y_TO.dtype)
+    return outs, zs
+
+
+def gradients(
+    gs_TO: Sequence[Tensor | None],
+    x_TI: Tensor,
+    zs: Sequence[Tensor],
+    bases: Sequence[Products],
+    pieces: Sequence[Piece],
+    factors: Sequence[Tensor],
+    needed_x: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of the outputs' gradients: those of x and of every factor, where needed."""
+    cast = [factor.to(x_TI.dtype) for factor in factors]
+    grads, runs = _Gradients([factor.dtype for factor in factors], needed), _runs(pieces)
+    dzs = [_through_b(run, gs_TO, z_TR, cast, grads) for run, z_TR in zip(runs, zs, strict=True)]
+    for run, dz_TR in zip(runs, dzs, strict=True):
+        if any(needed[2 * piece.pair] for piece in run):
+            rows = slice(run[0].start, run[0].stop)
+            for piece, da in zip(run, _split(dz_TR.t() @ x_TI[rows], run, cast, 0), strict=True):
+                grads.add(2 * piece.pair, da)
+    return (_through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
+
+
+def _through_b(
+    run: Sequence[Piece], gs_TO: Sequence[Tensor | None], z_TR: Tensor, cast: Sequence[Tensor], grads: _Gradients
+) -> Tensor:
+    """The gradient of a run's z (T, R); those of its B are added to `grads`."""
+    rows, parts = slice(run[0].start, run[0].stop), []
+    for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
+        g_TO, b_index = gs_TO[piece.layer], 2 * piece.pair + 1
+        if g_TO is None:
+            parts.append(torch.zeros_like(z))
+            continue
+        g = g_TO[rows]
+        parts.append((g @ cast[b_index]).mul_(piece.scale))
+        if grads.needed[b_index]:
+            # z' g and not g' z: the thin side first is the faster order on CPU.
+            grads.add(b_index, (z.t() @ g).t(), piece.scale)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _through_x(
+    gs_TO: Sequence[Tensor | None],
+    x_TI: Tensor,
+    dzs: Sequence[Tensor],
+    bases: Sequence[Products],
+    runs: Sequence[list[Piece]],
+    cast: Sequence[Tensor],
+) -> Tensor | None:
+    """The gradient of x: of all layers and runs in one buffer."""
+    first = 1 if runs and _thin_first(x_TI, runs[0]) else 0
+    dx_TI = dzs[0] @ _stacked(runs[0], cast) if first else None
+    for base, g_TO in zip(bases, gs_TO, strict=True):
+        dx_TI = dx_TI if g_TO is None else base.matmul_t(g_TO, dx_TI)
+    if dx_TI is not None:
+        for run, dz_TR in zip(runs[first:], dzs[first:], strict=True):
+            dx_TI[run[0].start : run[0].stop].addmm_(dz_TR, _stacked(run, cast))
+    return dx_TI
+
+
+def _thin_first(x_TI: Tensor, run: Sequence[Piece]) -> bool:
+    """Whether a run's thin product is written before the base's product is added to it.
+
+    On a GPU the large product adds to memory while it computes, which spares a pass over the output; on the CPU the
+    thin product added last is the faster order.
+    """
+    return x_TI.is_cuda and (run[0].start, run[0].stop) == (0, len(x_TI))
 
 
 class _Gradients:
