@@ -26,6 +26,7 @@ class Quantised(Base):
     """
 
     keys: ClassVar[dict[str, str]]  # parameter -> its key in a checkpoint, below the layer's name
+    unsaved: ClassVar[tuple[str, ...]] = ()  # parameters that no checkpoint holds
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None) -> None:
         super().__init__()
@@ -37,8 +38,11 @@ class Quantised(Base):
     def dtype(self) -> torch.dtype:
         return self._dtype
 
-    def matmul(self, x_TI: Tensor) -> Tensor:
-        return torch.mm(x_TI, self.decode(x_TI.dtype).t())
+    def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
+        w_IO = self.decode(x_TI.dtype).t()
+        if into is None:
+            return torch.mm(x_TI, w_IO)
+        return into.addmm_(x_TI, w_IO) if into.dtype == x_TI.dtype else into.add_(torch.mm(x_TI, w_IO))
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
         w_OI = self.decode(g_TO.dtype)
@@ -64,7 +68,7 @@ class Quantised(Base):
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         for name, parameter in self._parameters.items():
-            if parameter is not None:
+            if parameter is not None and name not in self.unsaved:
                 destination[prefix + self.keys.get(name, name)] = parameter if keep_vars else parameter.detach()
         destination.update({prefix + key: value for key, value in self.extra_state().items()})
 
@@ -81,11 +85,12 @@ class Quantised(Base):
         """Raises ModelError, all faults at once, rather than load values that are not this storage's."""
         state = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         faults = self.faults_of(state) if "weight" in state else []
-        wanted = {self.keys.get(name, name): name for name, value in self._parameters.items() if value is not None}
+        held = {name: value for name, value in self._parameters.items() if value is not None}
+        wanted = {self.keys.get(name, name): name for name in held if name not in self.unsaved}
         faults += [
-            f"{key}: got {_kind(state[key])}, wanted {_kind(self._parameters[name])}"
+            f"{key}: got {_kind(state[key])}, wanted {_kind(held[name])}"
             for key, name in wanted.items()
-            if key in state and not _fits(state[key], self._parameters[name], cast=name == "bias")
+            if key in state and not _fits(state[key], held[name], cast=name == "bias")
         ]
         if faults:
             raise ModelError(listed(f"{prefix.rstrip('.') or 'layer'}: not a weight stored as {self.storage}", faults))
@@ -109,7 +114,9 @@ def unset(*shape: int, dtype: torch.dtype, device: torch.device | str | None) ->
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """fn without its cast: shown integers of the same width, casts of models leave the bytes alone."""
+    """fn without its cast: where it casts, it is shown integers of the same width, which casts of models leave be."""
+    if fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype == tensor.dtype:
+        return fn(tensor)
     bits = tensor.detach().view(INTEGERS[tensor.element_size()])
     moved = fn(bits)
     moved = moved if moved.dtype == bits.dtype else bits.to(moved.device)  # `type(dtype)` casts integers too

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -106,8 +107,7 @@ def _cells(levels: str, device: torch.device) -> tuple[Tensor, Tensor]:
     edges = [2 * cell / CELLS - 1 for cell in range(CELLS + 2)]
     below = [sum(middle < edge for middle in midpoints) for edge in edges[:-1]]
     inside = [
-        next((middle for middle in midpoints if left <= middle < right), math.inf)
-        for left, right in zip(edges, edges[1:], strict=False)
+        next((middle for middle in midpoints if left <= middle < right), math.inf) for left, right in pairwise(edges)
     ]
     return torch.tensor(below, dtype=torch.uint8, device=device), torch.tensor(inside, device=device)
 
