@@ -9,6 +9,7 @@
     - NotMergeable            a method without an exact merged form
   + TrainingError             a run that cannot go on
     - NonFiniteLossError      loss or gradient became NaN or infinite
+    - NotEnoughMemoryError    a step that does not fit
     - CheckpointError         a checkpoint that cannot be resumed from
 
 A message names what was wrong, what was expected and the next step, and lists all faults at once.
@@ -22,6 +23,9 @@ from collections.abc import Iterable, Sequence
 
 class VeneerError(Exception):
     """Root of the tree: the user can do something about it."""
+
+    told_elsewhere = False
+    """Whether another process of the same run tells the user."""
 
 
 class ConfigError(VeneerError, ValueError):
@@ -54,6 +58,10 @@ class TrainingError(VeneerError):
 
 class NonFiniteLossError(TrainingError, ArithmeticError):
     """Loss or gradient became NaN or infinite."""
+
+
+class NotEnoughMemoryError(TrainingError, MemoryError):
+    """A step of training does not fit into memory."""
 
 
 class CheckpointError(TrainingError):

@@ -147,8 +147,13 @@ def test_every_name_of_the_option_is_in_the_table() -> None:
 
 @pytest.mark.parametrize(
     ("written", "name"),
-    [("adamw_torch", "adamw"), ("adamw_torch_fused", "adamw"), ("adamw_bnb_8bit", "adamw_8bit")]
-    + [("paged_adamw_32bit", "paged_adamw"), ("paged_adamw_8bit", "paged_adamw_8bit")],
+    [
+        ("adamw_torch", "adamw"),
+        ("adamw_torch_fused", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "paged_adamw"),
+        ("paged_adamw_8bit", "paged_adamw_8bit"),
+    ],
 )
 def test_spellings_of_the_field(written: str, name: str) -> None:
     assert TrainSettings(optim=written).optim == name

@@ -82,9 +82,10 @@ def _run(verb: str, words: list[str]) -> int:
         results().flush()  # here, where a reader that has gone is no bug, and not while Python exits
         return code or 0
     except VeneerError as error:
-        say(f"veneer: {error}")
-        if isinstance(error, ConfigError):
-            say(f"`veneer {verb} --help` lists the options.")
+        if not _told_elsewhere(error):
+            say(f"veneer: {error}")
+            if isinstance(error, ConfigError):
+                say(f"`veneer {verb} --help` lists the options.")
         return 2
     except KeyboardInterrupt:
         say("veneer: interrupted")
@@ -98,6 +99,11 @@ def _run(verb: str, words: list[str]) -> int:
         return 2
     except Exception:
         return _bug()
+
+
+def _told_elsewhere(error: VeneerError) -> bool:
+    """Of torchrun's processes one speaks; all of them were given the same settings."""
+    return error.told_elsewhere or (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0")
 
 
 def _bug() -> int:

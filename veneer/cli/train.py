@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from veneer.cli.output import print_facts, print_json, say
 from veneer.cli.parse import Command, Parsed, parse
 from veneer.config import RunConfig
+
+if TYPE_CHECKING:
+    from veneer.train.ranks import Ranks
 
 COMMAND = Command(
     name="train",
@@ -25,20 +29,24 @@ COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Train, or tell the plan."""
     parsed = parse(argv, COMMAND)
-    return _plan(parsed) if "dry_run" in parsed.on else _train(parsed)
+    from veneer.train.ranks import joined
+
+    with joined() as ranks:
+        return _plan(parsed, ranks) if "dry_run" in parsed.on else _train(parsed, ranks)
 
 
-def _plan(parsed: Parsed[RunConfig]) -> int:
+def _plan(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
     from veneer.train.run import plan
 
     facts = plan(parsed.settings)
-    print_facts("plan (nothing was trained)", facts, json=parsed.json)
-    if parsed.json:
-        print_json(facts)
+    if ranks.is_main:
+        print_facts("plan (nothing was trained)", facts, json=parsed.json)
+        if parsed.json:
+            print_json(facts)
     return 0
 
 
-def _train(parsed: Parsed[RunConfig]) -> int:
+def _train(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
     from veneer.evaluate.run_report import report_run
     from veneer.train.run import train
 
@@ -46,8 +54,11 @@ def _train(parsed: Parsed[RunConfig]) -> int:
     try:
         result = train(config, resume="resume" in parsed.on, progress="no_progress" not in parsed.on)
     except KeyboardInterrupt:
-        say("\n" + how_to_go_on(config.output_dir))
+        if ranks.is_main:
+            say("\n" + how_to_go_on(config.output_dir))
         raise
+    if not ranks.is_main:
+        return 0
     report_run(config.output_dir)
     facts = result.to_json()
     print_facts("trained", facts, json=parsed.json)

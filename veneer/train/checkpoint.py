@@ -19,7 +19,7 @@ from veneer.train.job import Job
 FOLDER = "checkpoints"
 
 
-def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: int | None) -> Path:
+def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: int | None, processes: int = 1) -> Path:
     """Writes checkpoints/step-N, N the furthest job's step, then drops all but the last `keep`."""
     folder = output_dir / FOLDER / f"step-{max(job.step for job in jobs):06d}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -31,7 +31,7 @@ def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: 
         save_file(
             {name: value.contiguous().cpu() for name, value in tensors.items()}, partial / f"job-{index}.safetensors"
         )
-    state = {"format": 1, "threads": torch.get_num_threads(), "run": identity, "jobs": numbers}
+    state = {"format": 2, "layout": _layout(jobs, processes), "run": identity, "jobs": numbers}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in (*partial.iterdir(), partial):
         sync(path)
@@ -48,7 +48,7 @@ def latest(output_dir: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any]) -> list[str]:
+def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any], processes: int = 1) -> list[str]:
     """Puts the jobs where the checkpoint left them; returns notes. Raises CheckpointError when it is another run's."""
     state = _read_state(folder)
     faults = _differences(state.get("run", {}), identity)
@@ -64,12 +64,17 @@ def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any]) -> list
         )
     for index, job in enumerate(jobs):
         job.restore(_read_tensors(folder / f"job-{index}.safetensors"), state["jobs"][job.slot])
-    before, now = state["threads"], torch.get_num_threads()
-    return (
-        []
-        if before == now
-        else [f"begun with {before} threads, goes on with {now}: equal up to rounding, not to the byte"]
-    )
+    before, now = state["layout"], _layout(jobs, processes)
+    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    dropping = any(method.dropout for job in jobs for method in job.methods.values())
+    masks = ", and dropout draws other masks" if dropping else ""
+    return [f"{'; '.join(changes)}: equal up to rounding, not to the byte{masks}"] if changes else []
+
+
+def _layout(jobs: Sequence[Job], processes: int) -> dict[str, Any]:
+    """How the work of a step is cut up: it decides the order of sums, and so the last bits of them."""
+    passes = [job.settings.per_device_train_batch_size for job in jobs]
+    return {"threads": torch.get_num_threads(), "processes": processes, "rows in a forward pass": passes}
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); delete it to resume from the one before") from error
-    wanted = {"run": dict, "jobs": dict, "threads": int}
+    wanted = {"run": dict, "jobs": dict, "layout": dict}
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in wanted.items()):
         raise CheckpointError(
             f"{folder}/state.json is no training state; delete the folder to resume from the one before"

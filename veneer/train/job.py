@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.config import TrainSettings
@@ -80,11 +79,15 @@ class Job:
         size = self.settings.per_device_train_batch_size
         return [self.train[row] for row in self.batches.rows(self.step)[micro * size : (micro + 1) * size]]
 
-    def dropout_key(self, micro: int) -> int | None:
-        """The key of micro-batch `micro` of the coming step; None where nothing is dropped."""
+    def dropout_key(self, micro: int, rank: int = 0) -> int | None:
+        """The key of micro-batch `micro` of the coming step in process `rank`; None where nothing is dropped.
+
+        Masks are drawn for the rows that a process packs together, so more processes draw others than one does.
+        """
         if not any(method.dropout for method in self.methods.values()):
             return None
-        return dropout_key(self.settings.seed, self.slot, self.step * self.settings.gradient_accumulation_steps + micro)
+        who = f"{self.slot}/process {rank}" if rank else self.slot
+        return dropout_key(self.settings.seed, who, self.step * self.settings.gradient_accumulation_steps + micro)
 
     def targets_of_step(self) -> int:
         """Trained tokens of the coming step, over all its micro-batches: what its loss is averaged over."""

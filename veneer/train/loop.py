@@ -1,76 +1,88 @@
 """The training loop: N adapters over one base, one packed forward for all of them.
 
 Each job has its own data, settings, schedule, clipping and optimiser state; its losses are those of a run alone,
-because segments do not see each other and the base is frozen.
+because segments do not see each other and the base is frozen. Where several processes train together
+(`veneer.train.ranks`), each runs its share of every batch's rows, and what is summed over them decides: every process
+takes the same steps, stops at the same one, and finds the same fault.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from veneer.data.chat import Example
 from veneer.errors import NonFiniteLossError, listed
-from veneer.model.losses import cross_entropy, sequence_nll, targets_of
+from veneer.model.losses import STREAM, cross_entropy, sequence_nll, streams_of, targets_of
 from veneer.model.packed import running
 from veneer.model.stream import EVEN, pack
 from veneer.train.job import Job
+from veneer.train.memory import memory_explained
+from veneer.train.ranks import ALONE, Ranks
 
 Record = Callable[[Job, dict], None]
 Save = Callable[[Sequence[Job]], object]
 
+# For a process without rows: where the base is sharded, all run a pass or none can. It trains nothing.
+NOTHING = Example((0,), (False,), -1, 0)
 
-def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save) -> None:
+
+def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save, ranks: Ranks = ALONE) -> None:
     """Trains all jobs to their end. `record` gets the facts of every step and validation, `save` asks for a checkpoint.
 
-    Raises NonFiniteLossError with every job that failed, after the others have finished.
+    Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
-    for job in jobs:
-        if job.step == 0:
-            _validate(model, job, record)
-    while active := [job for job in jobs if not job.done]:
-        _step(model, active, record)
-        for job in active:
-            if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
-                _validate(model, job, record)
-        if any(job.step % job.save_steps == 0 for job in active if not job.failure):
-            save(jobs)
-    for job in jobs:
-        job.finish()
+    with memory_explained(jobs, ranks):
+        _run(model, jobs, record, save, ranks)
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
         raise NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
 
 
-def _step(model: nn.Module, jobs: Sequence[Job], record: Record) -> None:
+def _run(model: nn.Module, jobs: Sequence[Job], record: Record, save: Save, ranks: Ranks) -> None:
+    for job in jobs:
+        if job.step == 0:
+            _validate(model, job, record, ranks)
+    while active := [job for job in jobs if not job.done]:
+        _step(model, active, record, ranks)
+        for job in active:
+            if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
+                _validate(model, job, record, ranks)
+        if any(job.step % job.save_steps == 0 for job in active if not job.failure):
+            save(jobs)
+    for job in jobs:
+        job.finish()
+
+
+def _step(model: nn.Module, jobs: Sequence[Job], record: Record, ranks: Ranks) -> None:
     """One optimiser step of every job. Jobs with fewer micro-batches than others wait for them."""
     started = time.perf_counter()
     targets = {job.slot: job.targets_of_step() for job in jobs}
-    losses = {job.slot: 0.0 for job in jobs}
-    tokens = {job.slot: 0 for job in jobs}
+    sums = {job.slot: [0.0, 0] for job in jobs}  # loss and tokens
     for micro in range(max(job.settings.gradient_accumulation_steps for job in jobs)):
-        here = [job for job in jobs if micro < job.settings.gradient_accumulation_steps]
-        for slot, (loss, count) in _forward_backward(model, here, micro, targets).items():
-            losses[slot] += loss
-            tokens[slot] += count
-    for job in jobs:
-        loss = losses[job.slot]
+        if here := [job for job in jobs if job.rows(micro)]:
+            _forward_backward(model, here, micro, targets, sums, ranks)
+    totals = ranks.sum_(torch.tensor([sums[job.slot] for job in jobs], dtype=torch.float64, device=_device(jobs)))
+    for job, (loss, tokens) in zip(jobs, totals.tolist(), strict=True):
+        ranks.sum_(job.flat.grads_P)
         facts = job.update(loss)
         if not (math.isfinite(loss) and math.isfinite(facts["grad_norm"])):
             job.failure = _failure(job, loss, facts)
             continue
         seconds = time.perf_counter() - started
-        job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + tokens[job.slot]
+        job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + int(tokens)
         record(
             job,
             {
                 "split": "train",
                 "loss": loss,
                 **facts,
-                "tokens": tokens[job.slot],
+                "tokens": int(tokens),
                 "targets": targets[job.slot],
                 "seconds": seconds,
             },
@@ -78,12 +90,18 @@ def _step(model: nn.Module, jobs: Sequence[Job], record: Record) -> None:
 
 
 def _forward_backward(
-    model: nn.Module, jobs: Sequence[Job], micro: int, targets: dict[str, int]
-) -> dict[str, tuple[float, int]]:
-    """Adds the gradients of one micro-batch of every job; returns each job's share of its loss, and its tokens."""
-    batches = [(job, example) for job in jobs for example in job.rows(micro)]
-    keys = {job.slot: key for job in jobs if (key := job.dropout_key(micro)) is not None}
-    device = jobs[0].flat.values_P.device
+    model: nn.Module,
+    jobs: Sequence[Job],
+    micro: int,
+    targets: dict[str, int],
+    sums: dict[str, list],
+    ranks: Ranks,
+) -> None:
+    """Adds the gradients of this process's rows of a micro-batch, and to `sums` each job's share of loss and tokens."""
+    batches = [(job, example) for job in jobs for example in ranks.share(job.rows(micro))]
+    batches = batches or [(jobs[0], NOTHING)]
+    keys = {job.slot: key for job in jobs if (key := job.dropout_key(micro, ranks.rank)) is not None}
+    device = _device(jobs)
     sequences, slots = [example.input_ids for _, example in batches], [job.slot for job, _ in batches]
     stream = pack(sequences, slots, device, keys, share=True, multiple=EVEN)
     weights_N = torch.tensor([1.0 / targets[job.slot] for job, _ in batches], device=device)
@@ -91,24 +109,29 @@ def _forward_backward(
         sums_N, _ = cross_entropy(model, stream, targets_of(stream, [example.targets for _, example in batches]))
         losses_N = sums_N * weights_N
         losses_N.sum().backward()
-    shares = losses_N.detach().tolist()
-    out: dict[str, tuple[float, int]] = {}
-    for (job, example), share in zip(batches, shares, strict=True):
-        loss, count = out.get(job.slot, (0.0, 0))
-        out[job.slot] = loss + share, count + len(example.input_ids)
-    return out
+    for (job, example), loss in zip(batches, losses_N.detach().tolist(), strict=True):
+        sums[job.slot][0] += loss
+        sums[job.slot][1] += len(example.input_ids) if example is not NOTHING else 0
 
 
-def _validate(model: nn.Module, job: Job, record: Record) -> None:
+def _validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
     if not job.validation:
         return
     started = time.perf_counter()
-    results = sequence_nll(model, job.validation, job.slot)
-    targets = sum(count for _, count in results)
-    loss = sum(nll for nll, _ in results) / targets
+    sums = torch.zeros(2, dtype=torch.float64)
+    for group in streams_of(job.validation, STREAM * ranks.world):
+        rows = ranks.share(group) or [NOTHING]
+        # All rows in one pass: every process must make as many.
+        sums += torch.tensor(sequence_nll(model, rows, job.slot, max_tokens=sys.maxsize), dtype=torch.float64).sum(0)
+    nll, targets = ranks.sum_(sums.to(_device([job]))).tolist()
+    loss = nll / targets
     if math.isfinite(loss):
         job.note_validation(loss)
-    record(job, {"split": "eval", "loss": loss, "targets": targets, "seconds": time.perf_counter() - started})
+    record(job, {"split": "eval", "loss": loss, "targets": int(targets), "seconds": time.perf_counter() - started})
+
+
+def _device(jobs: Sequence[Job]) -> torch.device:
+    return jobs[0].flat.values_P.device
 
 
 def _failure(job: Job, loss: float, facts: dict[str, float]) -> NonFiniteLossError:

@@ -28,7 +28,8 @@ METRICS = "metrics.jsonl"
 class Recorder:
     """Appends facts to metrics.jsonl and shows them; after a resume, lines beyond the checkpoint are dropped."""
 
-    def __init__(self, output_dir: Path, jobs: Sequence[Job], progress: bool) -> None:
+    def __init__(self, output_dir: Path, jobs: Sequence[Job], progress: bool, writes: bool = True) -> None:
+        self.writes = writes  # of several processes, one
         self.file = output_dir / METRICS
         self.jobs = jobs
         self._drop_lines_beyond({job.slot: job.step for job in jobs})
@@ -53,9 +54,13 @@ class Recorder:
         line = {"job": job.slot, "step": job.step, "epoch": round(job.epoch, 4), **facts}
         if facts["split"] == "eval" or job.step % job.settings.logging_steps == 0 or job.done:
             job.history.append(line)
+            self._write(line)
+        self._show(job, facts)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.writes:
             with self.file.open("a") as out:
                 out.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
-        self._show(job, facts)
 
     def _show(self, job: Job, facts: dict[str, Any]) -> None:
         if self.bar is None:
@@ -71,9 +76,10 @@ class Recorder:
             return
         lines = [_parsed(text) for text in self.file.read_text().splitlines()]
         kept = [line for line in lines if line and line["step"] <= steps.get(line["job"], 0) and any(steps.values())]
-        partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.file)  # a kill here must not lose the history
+        if self.writes:
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(self.file)  # a kill here must not lose the history
         for job in self.jobs:
             job.history += [line for line in kept if line["job"] == job.slot]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,17 @@ from veneer.train import checkpoint
 from veneer.train.allocator import keep_freed_memory
 from veneer.train.job import Job, total_steps
 from veneer.train.loop import loop
+from veneer.train.optim import check_optimizer
+from veneer.train.ranks import Ranks, joined
 from veneer.train.record import Recorder, machine, peak_memory_bytes
 from veneer.train.schedule import Rate, choose_rate
+from veneer.train.shard import check_shardable, gathered, shard
 
 SLOT = "default"
-# Options that may change between a run and its resumption: they do not touch a single byte of the adapter.
-FREE = ("output_dir", "logging_steps", "save_steps", "save_total_limit")
+# Options that may change between a run and its resumption: they do not touch a single byte of the adapter,
+FREE = ("output_dir", "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "fsdp")
+# or, as long as their product is the same, only the rounding of its sums.
+PASSES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +94,18 @@ def train(
 ) -> TrainResult:
     """Trains one adapter and writes its folder; `loaded` spares loading the base again.
 
-    With `resume`, goes on from the last checkpoint in output_dir, to the same bytes as an undisturbed run.
-    Raises ConfigError, DataError, ModelError, CheckpointError, NonFiniteLossError; the folder is whole or untouched.
+    With `resume`, goes on from the last checkpoint in output_dir, to the same bytes as an undisturbed run. Under
+    torchrun all processes call it, each with an equal config; the first one prints and writes.
+    Raises ConfigError, DataError, ModelError, TrainingError and its kin; the folder is whole or untouched.
     """
+    with joined() as ranks:
+        return _train(config, resume, progress and ranks.is_main, loaded, ranks)
+
+
+def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | None, ranks: Ranks) -> TrainResult:
     keep_freed_memory()
+    check_optimizer(config.train.optim)
+    check_shardable(config.train.fsdp, ranks)
     say = Console(stderr=True, highlight=False, quiet=not progress).print
     output, notes = Path(config.output_dir), []
     if output.exists() and not output.is_dir():
@@ -99,21 +113,27 @@ def train(
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
     loaded = loaded or load(
-        config.base_model, config.dtype, tokenizer=tokenizer, storage=config.storage, progress=progress
+        config.base_model, tokenizer=tokenizer, storage=config.storage, progress=progress, **_place(config)
     )
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
+    if config.train.fsdp:
+        shard(loaded.model, ranks)
     _set_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
     job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
     identity = _identity(config, loaded, rate)
     notes += [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
-    notes += _start(output, config, [job], identity, resume)
+    notes += [*_sharing(job, ranks), *_start(output, config, [job], identity, resume, ranks)]
     for note in notes:
         say(f"note: {note}")
-    with Recorder(output, [job], progress) as record:
-        keep = config.train.save_total_limit
-        loop(loaded.model, [job], record=record, save=lambda jobs: checkpoint.save(output, jobs, identity, keep))
+
+    def save(jobs: Sequence[Job]) -> None:
+        if ranks.is_main:
+            checkpoint.save(output, jobs, identity, config.train.save_total_limit, ranks.world)
+
+    with Recorder(output, [job], progress, ranks.is_main) as record:
+        loop(loaded.model, [job], record=record, save=save, ranks=ranks)
     notes += _verdict(job)
     result = _result(config, job, notes)
     facts = {
@@ -124,7 +144,9 @@ def train(
     }
     training = {**result.to_json(), **facts}
     adapter = take(loaded.model, SLOT, base_name=config.base_model, storage=loaded.storage, training=training)
-    adapter.save(output)
+    if ranks.is_main:
+        adapter.save(output)
+    ranks.barrier()  # so that every process finds the adapter written
     return result
 
 
@@ -168,21 +190,56 @@ def _prompt(example: Example) -> tuple[int, ...]:
 
 def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
-    options = {name: value for name, value in config.to_flat().items() if name not in FREE}
+    options = {name: value for name, value in config.to_flat().items() if name not in (*FREE, *PASSES)}
     files = [config.data.dataset, config.data.eval_dataset]
     hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for file in files]
     facts = {"rate": rate.value, "data_sha256": hashes[0], "eval_data_sha256": hashes[1], "storage": loaded.storage}
-    return {**options, **facts, "base_weights": loaded.fingerprint.weights}
+    rows = math.prod(getattr(config.train, name) for name in PASSES)
+    return {
+        **options,
+        **facts,
+        f"rows in a step, {' x '.join(PASSES)}": rows,
+        "base_weights": loaded.fingerprint.weights,
+    }
 
 
-def _start(output: Path, config: RunConfig, jobs: list[Job], identity: dict[str, Any], resume: bool) -> list[str]:
-    """Prepares the output folder; returns notes."""
+def _place(config: RunConfig) -> dict[str, str]:
+    """Where to load to, and in what. A base to share out is too large for one GPU: it comes by way of the CPU."""
+    if not (config.train.fsdp and torch.cuda.is_available()):
+        return {"dtype": config.dtype, "device": "auto"}
+    return {"dtype": "bfloat16" if config.dtype == "auto" else config.dtype, "device": "cpu"}
+
+
+def _sharing(job: Job, ranks: Ranks) -> list[str]:
+    """What a user should know of how several processes share the work."""
+    if ranks.world == 1:
+        return []
+    size = job.settings.per_device_train_batch_size
+    each = math.ceil(size / ranks.world)
+    notes = [
+        f"{ranks.world} processes share each forward pass of {size} rows, up to {each} each, for the same steps that "
+        "one process takes"
+    ]
+    if size < ranks.world:
+        notes.append(f"{ranks.world - size} of them have no rows: raise --per-device-train-batch-size")
+    if any(method.dropout for method in job.methods.values()):
+        notes.append("dropout draws other masks than with another number of processes")
+    return notes
+
+
+def _start(
+    output: Path, config: RunConfig, jobs: list[Job], identity: dict[str, Any], resume: bool, ranks: Ranks
+) -> list[str]:
+    """Restores the jobs and prepares the output folder; returns notes."""
     notes = []
     if resume:
         found = checkpoint.latest(output)
         notes += [f"resumed from {found}"] if found else [f"nothing to resume in {output}: starting from the beginning"]
-        notes += checkpoint.restore(found, jobs, identity) if found else []
-    elif (output / "run.yaml").exists():
+        notes += checkpoint.restore(found, jobs, identity, ranks.world) if found else []
+    ranks.barrier()  # all have read before one writes
+    if not ranks.is_main:
+        return notes
+    if not resume and (output / "run.yaml").exists():
         notes.append(f"the earlier run in {output} was moved to {_set_aside(output)}")
     output.mkdir(parents=True, exist_ok=True)
     write_yaml(output / "run.yaml", config.to_flat())
@@ -201,7 +258,8 @@ def update_norms(model: nn.Module, slot: str = SLOT) -> dict[str, float]:
     """‖ΔW‖ / ‖W‖ (Frobenius) of every adapted layer: where the adapter changed the model, and how much."""
     norms = {}
     for path, method in methods_of(model, slot).items():
-        weight = torch.linalg.vector_norm(model.get_submodule(path).base.row_norms()).item()
+        with gathered(model, path):
+            weight = torch.linalg.vector_norm(model.get_submodule(path).base.row_norms()).item()
         norms[path] = float(f"{norm(*method.plain()) / weight:.4g}")
     return norms
 

@@ -1,0 +1,248 @@
+"""Several processes train one adapter: the same steps as one process takes, whole base or shared out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.adapter.card import Adapter
+from veneer.bases import BASES
+from veneer.config import RunConfig
+from veneer.errors import ConfigError
+from veneer.train import run
+from veneer.train.ranks import ALONE, Ranks, joined
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = "adapter_model.safetensors"
+# Trains configuration after configuration in one group of processes: starting Python is most of the time.
+TRAIN = """
+import json, sys, torch
+torch.set_num_threads(1)
+from veneer.config import RunConfig
+from veneer.train.ranks import joined
+from veneer.train.run import train
+results = []
+with joined() as ranks:
+    for options, resume in json.loads(sys.argv[1]):
+        results.append(train(RunConfig.from_flat(options), resume=resume, progress=False).to_json())
+if ranks.is_main:
+    print(json.dumps(results))
+"""
+# An uneven share (5 rows: 3 and 2), two passes a step, a short last step in the epoch, validation.
+COMMON = {
+    "max_steps": 10,
+    "r": 4,
+    "dtype": "float32",
+    "learning_rate": 1e-2,
+    "eval_steps": 4,
+    "save_steps": 5,
+    "save_total_limit": "none",
+    "per_device_train_batch_size": 5,
+    "gradient_accumulation_steps": 2,
+}
+STORAGES = {
+    "nf4": {"load_in_4bit": True},
+    "nf4-dq": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+    "int8": {"load_in_8bit": True},
+}
+SHARDED = {"fsdp": True, "max_steps": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "resumed": {},
+    "few rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4},
+    "sharded": {"fsdp": True},
+    "sharded, few rows": {**SHARDED, "per_device_train_batch_size": 1},
+    "sharded, recomputed": {**SHARDED, "gradient_checkpointing": True},
+    "sharded, by delta": {**SHARDED, "lora_dropout": 1e-7},
+    **{f"sharded {name}": {**SHARDED, **options} for name, options in STORAGES.items() if name in BASES},
+}
+
+Options = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def options(pico_folder: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """options(case, who): flat options of a case, into a folder of its own."""
+    home = tmp_path_factory.mktemp("ranks")
+
+    def make(case: str, who: str) -> dict[str, Any]:
+        output = home / who / case.replace(" ", "-")
+        given = {"base_model": str(pico_folder), "dataset": str(digits), "output_dir": str(output)}
+        return {**given, **COMMON, **CASES[case]}
+
+    return make
+
+
+def _start(script: list[str], rank: int, port: int) -> subprocess.Popen:
+    settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
+    env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    return subprocess.Popen(
+        [sys.executable, *script], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _pair(*scripts: list[str], seconds: float = 120) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of two processes that run together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_start(script, rank, port) for rank, script in enumerate(scripts)]
+    try:
+        said = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *words) for process, words in zip(processes, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def together(options: Options) -> dict[str, dict[str, Any]]:
+    """Case -> what the first of two processes says of the run; "resumed" goes on from the middle of "whole"."""
+    runs = [(options(case, "two"), False) for case in CASES]
+    whole, resumed = runs[0], (runs[1][0], True)
+    [first, second] = _pair(*[["-c", TRAIN, json.dumps([whole])]] * 2)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    half_of(Path(whole[0]["output_dir"]), Path(resumed[0]["output_dir"]))
+    [main, other] = _pair(*[["-c", TRAIN, json.dumps([resumed, *runs[2:]])]] * 2)
+    assert (main[0], other[0]) == (0, 0), main[2] + other[2]
+    assert (second[1], other[1]) == ("", "")
+    return dict(zip(CASES, json.loads(first[1]) + json.loads(main[1]), strict=True))
+
+
+def half_of(finished: Path, half: Path) -> None:
+    """What was there of a run of 10 steps when it had come to step 5."""
+    shutil.copytree(finished, half)
+    shutil.rmtree(half / "checkpoints" / "step-000010")
+    (half / WEIGHTS).unlink()
+
+
+def _losses(folder: str) -> list[tuple[int, str, float, int]]:
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["split"], line["loss"], line["targets"]) for line in lines]
+
+
+def _flat(folder: str) -> torch.Tensor:
+    adapter = Adapter.load(folder)
+    return torch.cat([factor.reshape(-1) for path in adapter.modules() for factor in adapter.factors(path)])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "resumed"])
+def test_two_processes_take_the_steps_of_one(case: str, options: Options, together: Any) -> None:
+    two, one = options(case, "two"), options(case, "one") | {"fsdp": False}
+    alone = run.train(RunConfig.from_flat(one), progress=False)
+    ours, theirs = _losses(two["output_dir"]), _losses(one["output_dir"])
+    assert [(step, split, targets) for step, split, _, targets in ours] == [
+        (step, split, targets) for step, split, _, targets in theirs
+    ]
+    # Sums over rows in another order, and products of other sizes: float32 rounding, fed back by training.
+    assert [loss for _, _, loss, _ in ours] == pytest.approx([loss for _, _, loss, _ in theirs], rel=2e-5)
+    difference = torch.linalg.vector_norm(_flat(two["output_dir"]) - _flat(one["output_dir"]))
+    assert difference < 1e-3 * torch.linalg.vector_norm(_flat(one["output_dir"]))
+    told = together[case]
+    assert (told["tokens"], told["steps"], told["best_step"]) == (alone.tokens, alone.steps, alone.best_step)
+    ours, theirs = (Adapter.load(each["output_dir"]).card.training["update_norms"] for each in (two, one))
+    assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+def test_two_processes_resume_to_the_same_bytes(options: Options, together: Any) -> None:
+    folders = [Path(options(case, "two")["output_dir"]) for case in ("whole", "resumed")]
+    whole, resumed = [(folder / WEIGHTS).read_bytes() for folder in folders]
+    assert whole == resumed
+    assert any("resumed from" in note for note in together["resumed"]["notes"])
+    assert _losses(str(folders[0])) == _losses(str(folders[1]))
+
+
+def test_one_process_goes_on_where_two_were(options: Options, together: Any) -> None:
+    two, one = options("whole", "two"), options("resumed", "one")
+    half_of(Path(two["output_dir"]), Path(one["output_dir"]))
+    result = run.train(RunConfig.from_flat(one), progress=False, resume=True)
+    assert any("processes was 2, is 1" in note and "rounding" in note for note in result.notes)
+    difference = torch.linalg.vector_norm(_flat(two["output_dir"]) - _flat(one["output_dir"]))
+    assert 0 <= difference < 1e-3 * torch.linalg.vector_norm(_flat(two["output_dir"]))
+
+
+def test_what_is_shared_is_said(together: Any) -> None:
+    notes = "\n".join(together["few rows"]["notes"])
+    assert "2 processes share each forward pass of 1 rows" in notes
+    assert "1 of them have no rows" in notes
+
+
+def test_rows_are_shared_once() -> None:
+    for world in (1, 2, 3):
+        shares = [Ranks(rank, world).share(list(range(7))) for rank in range(world)]
+        assert sorted(row for share in shares for row in share) == list(range(7))
+
+
+def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined() as ranks:
+        assert ranks == ALONE
+        assert ranks.is_main
+        ranks.barrier()
+    assert ranks.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+def test_one_process_has_nobody_to_share_the_base_with(options: Options) -> None:
+    with pytest.raises(ConfigError, match=r"--fsdp .*torchrun --nproc-per-node"):
+        run.train(RunConfig.from_flat(options("sharded", "one")), progress=False)
+
+
+# The second process fails in its third step, in the way that is put in; the first waits for it in a sum.
+FAILING = """
+import os, sys
+import veneer.train.loop as loop
+from veneer.cli.__main__ import main
+before, seen = loop.cross_entropy, []
+def failing(*given):
+    seen.append(1)
+    if os.environ["RANK"] == "1" and len(seen) == 3:
+        {failure}
+    return before(*given)
+loop.cross_entropy = failing
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        ('raise MemoryError("no room")', 2, "process 1 of 2: out of memory: no room"),
+        ('raise KeyError("a bug")', 1, "process 1 of 2: KeyError: 'a bug'"),
+        ("os.kill(os.getpid(), 9)", -9, "a process of this run ended without a word"),
+    ],
+)
+def test_a_process_that_fails_ends_the_others(
+    failure: str, code: int, said: str, options: Options, tmp_path: Path
+) -> None:
+    given = {**options("whole", "two"), "output_dir": str(tmp_path / "out")}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    script = ["-c", FAILING.format(failure=failure), "train", *words, "--no-progress"]
+    [main, other] = _pair(script, script, seconds=60)
+    assert main[0] == 2, main[2]
+    assert said in main[2]
+    assert other[0] == code
+    assert not Path(given["output_dir"], WEIGHTS).exists()
+    if code == 2:
+        assert "out of memory" not in other[2], "told twice"
+
+
+def test_a_fault_that_all_find_is_told_once(options: Options, tmp_path: Path) -> None:
+    given = {**options("whole", "two"), "dataset": str(tmp_path / "none.jsonl")}
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    script = ["-m", "veneer.cli", "train", *words]
+    [main, other] = _pair(script, script, seconds=60)
+    assert (main[0], other[0]) == (2, 2)
+    assert "none.jsonl" in main[2]
+    assert "none.jsonl" not in other[2]

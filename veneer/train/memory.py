@@ -1,0 +1,78 @@
+"""A step that does not fit into memory: what it held, and what to lower by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from veneer.errors import NotEnoughMemoryError, listed
+from veneer.train.job import Job
+from veneer.train.ranks import Ranks
+
+# How torch says it where it has no type of its own for it: the CPU's allocator, cuBLAS.
+SIGNS = ("not enough memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def memory_explained(jobs: Sequence[Job], ranks: Ranks) -> Iterator[None]:
+    """Inside, running out of memory raises NotEnoughMemoryError, which says what can be done."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemoryError(_explanation([job for job in jobs if not job.done], ranks, error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the CPU or a GPU, has run out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def _explanation(jobs: Sequence[Job], ranks: Ranks, error: BaseException) -> str:
+    held = [_held(job, ranks) for job in jobs]
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    steps = [step for job in jobs for step in _lower(job, len(jobs) > 1)]
+    return listed(
+        "\n".join([f"out of memory: {said}", *held, "What takes less:"]),
+        steps,
+        "The last checkpoint stands: --resume goes on from it with smaller passes or with gradient checkpointing; "
+        "anything else is another run.",
+    )
+
+
+def _held(job: Job, ranks: Ranks) -> str:
+    """What the coming step holds."""
+    passes = [ranks.share(job.rows(micro)) for micro in range(job.settings.gradient_accumulation_steps)]
+    rows = max(passes, key=lambda rows: sum(len(example.input_ids) for example in rows))
+    lengths = [len(example.input_ids) for example in rows]
+    widths = sorted({method.rank for method in job.methods.values()})
+    width = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
+    recompute = "on" if job.settings.gradient_checkpointing else "off"
+    return (
+        f"{job.slot}, step {job.step + 1} of {job.total}: up to {sum(lengths):,} tokens in a forward pass ({len(rows)} "
+        f"rows, the longest {max(lengths, default=0):,}), adapters of rank {width}, recompute {recompute}"
+    )
+
+
+def _lower(job: Job, named: bool) -> list[str]:
+    """What to lower, the cheapest first."""
+    settings, steps = job.settings, []
+    size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    if size > 1:
+        smaller = max(part for part in range(1, size // 2 + 1) if size % part == 0)
+        more = passes * (size // smaller)
+        steps.append(
+            f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (now {size} and {passes}): "
+            "the same step in smaller passes"
+        )
+    if not settings.gradient_checkpointing:
+        steps.append("--gradient-checkpointing: activations are computed twice instead of kept, a third slower")
+    longest = max(len(example.input_ids) for example in job.train)
+    steps.append(f"--max-length {max(1, longest // 2)}: the longest row now has {longest:,} tokens")
+    steps.append("--load-in-4bit: the base takes a quarter of the memory of bfloat16")
+    return [f"{job.slot}: {step}" for step in steps] if named else steps
