@@ -1,0 +1,137 @@
+"""The rows of the GPU comparison: which systems, at which settings, among which variants each picks its best."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.gpu_spec import Spec
+
+# system -> the module that runs it, and the storage of its base.
+SYSTEMS: dict[str, tuple[str, str]] = {
+    "ours": ("benchmarks.ours_gpu", "bf16"),
+    "ours-fp8": ("benchmarks.ours_gpu", "fp8"),
+    "ours-nf4": ("benchmarks.ours_gpu", "nf4"),
+    "peft": ("benchmarks.peers_gpu", "bf16"),
+    "peft-liger": ("benchmarks.peers_gpu", "bf16"),
+    "qlora-peft": ("benchmarks.peers_gpu", "nf4"),
+    "qlora-peft-liger": ("benchmarks.peers_gpu", "nf4"),
+    "unsloth": ("benchmarks.peers_gpu", "bf16"),
+    "unsloth-fp8": ("benchmarks.peers_gpu", "fp8"),
+    "qlora-unsloth": ("benchmarks.peers_gpu", "nf4"),
+    "full": ("benchmarks.peers_gpu", "fp32"),
+    "full-liger": ("benchmarks.peers_gpu", "fp32"),
+    "full-bf16-liger": ("benchmarks.peers_gpu", "bf16"),
+}
+
+Variant = tuple[int, str, bool]  # batch, recompute, compile
+OURS_FAST: tuple[Variant, ...] = ((1, "none", True), (2, "none", True), (1, "none", False))
+OURS_SMALL: tuple[Variant, ...] = ((4, "layers", True), (2, "layers", True), (1, "layers", True), (1, "16", True))
+OFFLOADED: tuple[Variant, ...] = ((4, "unsloth", False),)
+UNSLOTH_FAST: tuple[Variant, ...] = ((1, "none", False), (2, "none", False))
+LIGER: tuple[Variant, ...] = ((1, "none", False), (1, "none", True), (4, "layers", False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison: the same work for every system."""
+
+    shape: str
+    systems: dict[str, tuple[Variant, ...]]
+    rank: int = 16
+    sequence: int = 4096
+    cap_gib: float | None = None
+    within: str | None = None  # ours takes its fastest variant among those whose peak is at most this system's
+
+    def candidates(self, system: str, steps: int) -> list[Spec]:
+        """The variants of a system to choose from."""
+        return [
+            Spec(
+                *(system, self.shape, SYSTEMS[system][1], self.rank, self.sequence),
+                *(batch, recompute, compiled, steps, self.cap_gib),
+            )
+            for batch, recompute, compiled in self.systems[system]
+        ]
+
+
+ROWS: dict[str, Row] = {
+    # Best of each.
+    "8b-bf16": Row(
+        "8b",
+        {
+            "ours": OURS_FAST,
+            "unsloth": UNSLOTH_FAST,
+            "peft-liger": LIGER,
+            "peft": ((1, "none", False), (2, "layers", False)),
+        },
+    ),
+    "8b-fp8": Row("8b", {"ours-fp8": OURS_FAST, "unsloth-fp8": (*UNSLOTH_FAST, *OFFLOADED)}),
+    # At the memory of Unsloth's recompute, which keeps layer inputs on the host.
+    "8b-nf4": Row(
+        "8b",
+        {
+            "ours-nf4": OURS_SMALL,
+            "qlora-unsloth": OFFLOADED,
+            "qlora-peft-liger": ((4, "layers", False),),
+            "qlora-peft": ((2, "layers", False),),
+        },
+        within="qlora-unsloth",
+    ),
+    "8b-bf16-low": Row("8b", {"ours": OURS_SMALL, "unsloth": OFFLOADED}, within="unsloth"),
+    "1b-bf16": Row(
+        "1b",
+        {
+            "ours": ((4, "none", True), (4, "layers", True), (4, "none", False)),
+            "unsloth": ((4, "none", False), *OFFLOADED),
+            "peft-liger": ((4, "none", False), (4, "none", True), (4, "layers", False)),
+            "peft": ((4, "layers", False),),
+        },
+    ),
+    # The largest run of QLoRA's paper (arXiv 2305.14314): 65B in NF4 with double quantisation on one 48 GB card.
+    "65b": Row(
+        "65b",
+        {"ours-nf4": ((1, "layers", True), (1, "none", True), (1, "layers", False))},
+        rank=64,
+        sequence=512,
+        cap_gib=44.5,
+    ),
+    # Full fine-tuning beside LoRA and QLoRA.
+    "full": Row(
+        "1b",
+        {
+            "ours": ((4, "none", True), (4, "layers", True)),
+            "ours-nf4": ((4, "none", True), (4, "layers", True)),
+            "full-liger": ((4, "none", False), (4, "layers", False)),
+            "full-bf16-liger": ((4, "none", False),),
+            "full": ((2, "layers", False),),
+        },
+    ),
+}
+
+# Not a comparison: the longest sequence that trains under a limit, see benchmarks.gpu_longest.
+LONGEST = "longest"
+LONGEST_SPEC = Spec("ours-nf4", "8b", "nf4", rank=32, recompute="layers", compile=False, steps=2)
+LONGEST_CAPS_GIB = (8.0, 16.0, 24.0)
+
+
+def is_ours(system: str) -> bool:
+    return system.startswith("ours")
+
+
+def parse_rows(text: str) -> list[str]:
+    """`8b-bf16,65b` or `all`. Raises ValueError with every name that is unknown."""
+    known = [*ROWS, LONGEST]
+    wanted = known if text == "all" else [name for name in text.split(",") if name]
+    return _known(wanted, known, "row")
+
+
+def parse_systems(text: str | None) -> list[str] | None:
+    """Names of systems, or None for all of a row."""
+    return None if text is None else _known([name for name in text.split(",") if name], list(SYSTEMS), "system")
+
+
+def _known(wanted: list[str], known: list[str], what: str) -> list[str]:
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"unknown {what}: {', '.join(unknown)}; wanted some of {', '.join(known)}")
+    if not wanted:
+        raise ValueError(f"no {what} named; wanted some of {', '.join(known)}")
+    return wanted

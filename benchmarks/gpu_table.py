@@ -1,0 +1,50 @@
+"""Results of the GPU comparison as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.gpu_process import Result, worked
+
+
+def table(name: str, row: dict[str, Any]) -> str:
+    """A row as Markdown. Start: from launching the process to its first step's end, with empty and with full caches."""
+    lines = [
+        f"| {name} | batch | recompute | compiled | tokens/s | peak GiB | driver GiB | of ceiling | start s |",
+        "| --- | --: | --- | --- | --: | --: | --: | --: | --: |",
+    ]
+    for system, made in row["systems"].items():
+        if worked(made):
+            lines.append(_line(system, made))
+    for ours, peers in row["ratios"].items():
+        for peer, ratio in peers.items():
+            fast, small = ratio["tokens_per_second"]["median"], ratio["peak_gib"]["median"]
+            lines.append(f"{ours} / {peer}: {fast:.3f} in tokens/s, {small:.3f} in peak memory")
+    return "\n".join(lines)
+
+
+def _line(system: str, made: dict[str, Any]) -> str:
+    v = made["variant"]
+    starts = ", ".join(f"{made[f'{k}_start_seconds']:.0f}" for k in ("cold", "warm") if f"{k}_start_seconds" in made)
+    cells = [
+        *(system, str(v["batch"]), v["recompute"], "yes" if v["compile"] else "no"),
+        *(f"{made['tokens_per_second']:,.0f}", f"{made['peak_gib']:.2f}", f"{made['driver_gib']:.2f}"),
+        *(f"{100 * made['share_of_ceiling']:.1f} %" if "share_of_ceiling" in made else "", starts),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def longest_lines(found: dict[str, Any]) -> str:
+    """The longest sequence under each limit."""
+    limits = found.get("limits", {})
+    return "\n".join(f"{cap} GiB: {made['sequence']} tokens ({outcome(made)})" for cap, made in limits.items())
+
+
+def outcome(made: Result) -> str:
+    """One line on a result."""
+    if worked(made):
+        return (
+            f"{made['tokens_per_second']:8.0f} tokens/s  {made['peak_gib']:6.2f} GiB (driver {made['driver_gib']:.2f}) "
+            f"first step {made.get('first_step_seconds', 0):.1f} s  loss {made['losses'][0]:.4f}"
+        )
+    return f"out of memory: {made['oom'][:120]}" if "oom" in made else f"failed: {made.get('failed', '')[:400]}"

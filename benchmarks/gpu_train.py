@@ -1,0 +1,169 @@
+"""Training on one GPU: ours beside PEFT, Liger, QLoRA and Unsloth, on the same work. `python -m benchmarks.gpu_train`.
+
+    python -m benchmarks.gpu_train --rows 8b-bf16 --systems ours,unsloth --rounds 3 --seconds 500
+
+Random weights, the same for every system; the same synthetic tokens; float32 adapters and moments. Each run is a
+process of its own. A scan of three steps picks each system's best of its variants (batch, recompute, compiling), then
+rounds of all systems, interleaved, measure. Results are merged into benchmarks/results/gpu_train.json row by row, each
+with its commit, date and GPU, so that several calls fill one file. Packages of the peers may lie in a folder of their
+own: VENEER_BENCH_PEERS names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
+from benchmarks.gpu_process import Result, worked
+from benchmarks.gpu_rows import LONGEST, LONGEST_CAPS_GIB, LONGEST_SPEC, ROWS, SYSTEMS, Row, parse_rows, parse_systems
+from benchmarks.gpu_spec import Spec
+from benchmarks.gpu_sweep import Clock, Run
+from benchmarks.gpu_table import longest_lines, outcome, table
+
+NAME = "gpu_train"
+File = dict[str, Any]
+
+
+def main() -> None:
+    """Run rows and write the file after each."""
+    options = _options()
+    held = load(options.output)
+    save = saver(held, options.output)
+    clock = Clock(options.seconds)
+    gpu = record.gpu()
+    if gpu is None:
+        print("skipped: no CUDA device")
+        return
+    if not options.keep_ceiling or held.get("ceiling", {}).get("gpu") != gpu:
+        held["ceiling"] = stamp() | gpu_process.read(["-m", "benchmarks.gpu_ceiling"])
+        save()
+    for name in options.rows:
+        if name == LONGEST:
+            held["longest"] = stamp() | longest(run_and_say, options.caps)
+        else:
+            measure(held, name, options, clock, save, run_and_say)
+        save()
+        print(longest_lines(held["longest"]) if name == LONGEST else table(name, held["rows"][name]), flush=True)
+
+
+def measure(
+    held: File, name: str, options: argparse.Namespace, clock: Clock, save: Callable[[], None], run: Run
+) -> None:
+    """One row: scan, rounds, entry; what other systems hold there stays."""
+    row = ROWS[name]
+    systems = [system for system in row.systems if options.systems is None or system in options.systems]
+    for shape in {row.shape for system in systems if "unsloth" in system}:
+        _checkpoint(shape)
+    known = known_trials(held, name, systems, row) if options.reuse else {}
+    wanted = [system for system in systems if system not in known]
+    trials = known | gpu_sweep.scan(row, wanted, run, clock)
+    ceiling = held.get("ceiling")
+    ceiling = ceiling if ceiling and "bf16_tflops" in ceiling else None
+    picked = gpu_sweep.chosen(row, {system: trials[system] for system in systems})
+    merge(held, name, {s: _scanned(trials[s], row, s) for s in systems if s not in picked}, {})
+    merge(held, name, {s: gpu_sweep.entry(spec, trials[s], [], None) for s, spec in picked.items()}, {})
+    save()
+    runs = gpu_sweep.rounds(picked, options.rounds, options.steps, run, clock)
+    measured = {system: runs[system] for system in picked if runs[system]}
+    entries = {s: gpu_sweep.entry(picked[s], trials[s], made, ceiling) for s, made in measured.items()}
+    merge(held, name, entries, gpu_sweep.ratios(measured))
+
+
+def _scanned(trials: list[Result], row: Row, system: str) -> dict[str, Any]:
+    """Of a system of which no variant worked."""
+    return {"trials": trials, "spec": row.candidates(system, 0)[0].__dict__}
+
+
+def known_trials(held: File, name: str, systems: list[str], row: Row) -> dict[str, list[Result]]:
+    """Trials that the file holds already, of systems where all of today's variants were tried and one worked."""
+    found = {}
+    for system in systems:
+        tried = held.get("rows", {}).get(name, {}).get("systems", {}).get(system, {}).get("trials", [])
+        variants = [made.get("variant") for made in tried if made.get("failed") != "no time left"]
+        if any(map(worked, tried)) and all(spec.variant in variants for spec in row.candidates(system, 0)):
+            found[system] = tried
+    return found
+
+
+def merge(held: File, name: str, entries: dict[str, dict[str, Any]], ratios: dict[str, Any]) -> None:
+    """Puts entries and ratios into the row; others stay. Only a measured entry replaces a measured one."""
+    row = held.setdefault("rows", {}).setdefault(name, {"systems": {}, "ratios": {}})
+    for system, entry in entries.items():
+        before = row["systems"].get(system, {})
+        if "tokens_per_second" in before and "tokens_per_second" not in entry:
+            continue
+        row["systems"][system] = stamp() | entry
+    for ours, peers in ratios.items():
+        for peer, ratio in peers.items():
+            row["ratios"].setdefault(ours, {})[peer] = stamp() | ratio
+
+
+def longest(run: Run, caps: list[float]) -> dict[str, Any]:
+    """Search and confirmation of the longest sequence under each limit."""
+    words = ["-m", "benchmarks.gpu_longest", LONGEST_SPEC.to_json(), json.dumps(caps)]
+    searched = gpu_process.read(words, gpu_process.environment(LONGEST_SPEC.system), limit=450.0)
+    if "found" not in searched:
+        return {"spec": LONGEST_SPEC.__dict__, "search": searched}
+    limits = {cap: gpu_longest.confirmed(LONGEST_SPEC, float(cap), at, run) for cap, at in searched["found"].items()}
+    return {"spec": LONGEST_SPEC.__dict__, "limits": limits}
+
+
+def _checkpoint(shape: str) -> None:
+    """Written in a process of its own, so that this one never touches the device."""
+    print(f"checkpoint {shape}: {gpu_process.read(['-m', 'benchmarks.peers_checkpoint', shape])}", file=sys.stderr)
+
+
+def run_and_say(spec: Spec) -> Result:
+    made = gpu_process.run(spec)
+    said = f"{spec.system:17} {spec.shape} {spec.storage} b{spec.batch} {spec.recompute} {'compiled' * spec.compile}"
+    print(f"{said:55} {outcome(made)}", file=sys.stderr, flush=True)
+    return made
+
+
+def stamp() -> dict[str, Any]:
+    """What every part of the file carries, since parts come from several calls."""
+    return {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), **record.commit(), "gpu": record.gpu()}
+
+
+def load(path: Path) -> File:
+    """What earlier calls wrote, without their provenance at the top; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    held = json.loads(path.read_text(encoding="utf-8"))
+    return {name: held[name] for name in ("ceiling", "rows", "longest") if name in held}
+
+
+def saver(held: File, path: Path) -> Callable[[], None]:
+    return lambda: print(f"saved {record.save(path.stem, held, path.resolve().parent)}", file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_train", description=__doc__.partition("\n")[0])
+    known = ", ".join([*ROWS, LONGEST])
+    parser.add_argument("--rows", type=parse_rows, default="all", help=f"all, or some of {known}, by commas")
+    parser.add_argument("--systems", type=parse_systems, help=f"only these of a row's: {', '.join(SYSTEMS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; 0 only scans")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a measured run; the first two warm up")
+    parser.add_argument("--seconds", type=float, help="begin nothing that would end later than this")
+    parser.add_argument("--reuse", action="store_true", help="no scan where the file holds one of the same variants")
+    parser.add_argument("--keep-ceiling", action="store_true", help="no new ceiling where the file holds this GPU's")
+    parser.add_argument("--caps", type=_caps, default=list(LONGEST_CAPS_GIB), help="limits in GiB for `longest`")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / f"{NAME}.json", help="file to merge into")
+    options = parser.parse_args()
+    if options.steps < 4 or options.rounds < 0:
+        parser.error("wanted --steps of at least 4 and --rounds of at least 0")
+    return options
+
+
+def _caps(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

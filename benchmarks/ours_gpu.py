@@ -1,0 +1,99 @@
+"""Our side of the GPU comparison: the library's own loop over synthetic rows, which is what `veneer train` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.gpu_meter import Meter
+from benchmarks.gpu_model import batch_of, fresh
+from benchmarks.gpu_spec import Spec
+
+SLOT = "default"
+LEARNING_RATE = 1e-4
+STORAGES = {"nf4": "nf4-dq", "fp8": "fp8"}  # as bitsandbytes has it in QLoRA, with double quantisation
+
+
+def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
+    """Trains spec.steps steps; returns the optimiser's moments."""
+    from veneer.train.loop import loop
+
+    model = built(spec, device)
+    job = job_of(spec, model)
+    meter.ready([job.flat.values_P])
+    loop(model, [job], record=lambda _, facts: meter.step(facts["loss"]), save=lambda _: None)
+    return moments_of(job)
+
+
+def steps_of(spec: Spec, model: nn.Module) -> None:
+    """Trains a model that stands already for some steps, with an optimiser of its own."""
+    from veneer.train.loop import loop
+
+    loop(model, [job_of(spec, model)], record=lambda *_: None, save=lambda _: None)
+
+
+def built(spec: Spec, device: str) -> Any:
+    """The model with its base stored as asked, an adapter on every linear layer, compiled and recomputed as asked."""
+    from veneer.adapter.attach import attach
+    from veneer.config import LoraSettings
+    from veneer.model.layers import arrange
+    from veneer.model.load import prepare
+
+    each = None if spec.storage == "bf16" else lambda model, path: _store(model, path, spec.storage)
+    model = fresh(spec.shape, device, each=each, sequence=spec.sequence).eval()
+    prepare(model)
+    attach(model, LoraSettings(r=spec.rank, lora_alpha=spec.alpha), SLOT, seed=0)
+    arrange(model, compiled=spec.compile, recomputed=recomputed_layers(spec.recompute))
+    return model
+
+
+def job_of(spec: Spec, model: nn.Module) -> Any:
+    """The job over rows that come in the order in which the peers see them."""
+    from veneer.adapter.attach import methods_of
+    from veneer.config import TrainSettings
+    from veneer.train.job import Job
+
+    settings = TrainSettings(
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        save_steps=spec.steps + 1,
+        load_best_model_at_end=False,
+    )
+    return Job(SLOT, settings, examples(spec, settings.seed), (), LEARNING_RATE, methods_of(model, SLOT))
+
+
+def examples(spec: Spec, seed: int) -> list[Any]:
+    """One epoch: the rows that `Batches` picks for step s are those of `batch_of(spec, s)`."""
+    from veneer.data.batches import Batches
+    from veneer.data.chat import Example
+
+    batches = Batches(spec.batch * spec.steps, spec.batch, seed)
+    made: dict[int, Any] = {}
+    for step in range(spec.steps):
+        for row, ids in zip(batches.rows(step), batch_of(spec, step).tolist(), strict=True):
+            made[row] = Example(tuple(ids), (True,) * spec.sequence, row, 0)
+    return [made[row] for row in range(len(made))]
+
+
+def moments_of(job: Any) -> list[Tensor]:
+    """The optimiser's running averages."""
+    states = job.optimizer.state.values()
+    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state]
+
+
+def _store(model: nn.Module, path: str, storage: str) -> None:
+    """Packs the linear layer at `path` now; the dense weight is freed before the next layer is made."""
+    from veneer.model.quantised import storage_class
+    from veneer.model.swap import place_leaf
+
+    place_leaf(model, path, storage_class(STORAGES[storage]).from_linear(model.get_submodule(path)))
+
+
+def recomputed_layers(recompute: str) -> int:
+    """none, layers (all: -1), or how many of them."""
+    return {"none": 0, "layers": -1}[recompute] if not recompute.isdigit() else int(recompute)
