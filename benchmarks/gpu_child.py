@@ -20,9 +20,9 @@ MARK = "RESULT "
 
 def run(spec: Spec, started: float) -> dict[str, Any]:
     """The figures of one run, or `oom` / `failed` with the reason."""
+    if "unsloth" in spec.system:
+        importlib.import_module("unsloth")  # before torch, whose allocator it sets, and all that it patches
     system: Any = importlib.import_module(SYSTEMS[spec.system][0])
-    if hasattr(system, "first_imports"):
-        system.first_imports(spec)  # Unsloth patches what is imported after it
     import torch
 
     from benchmarks.gpu_meter import Meter

@@ -45,6 +45,7 @@ class Meter:
             "trained_dtypes": dtypes(trained),
             "idle_gib": torch.cuda.memory_allocated() / GIB,
             "build_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
             "ready_seconds": time.time() - self.started,
             **facts,
         }

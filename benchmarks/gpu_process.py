@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,10 @@ def run(spec: Spec, limit: float = LIMIT) -> Result:
     cold = not caches.is_dir()
     caches.mkdir(parents=True, exist_ok=True)
     words = ["-m", "benchmarks.gpu_child", spec.to_json(), str(time.time())]
-    return {**read(words, environment(spec.system), limit), "variant": spec.variant, "cold": cold}
+    made = read(words, environment(spec.system), limit)
+    for line in made.pop("traceback", []):
+        print(f"    {line}", file=sys.stderr)
+    return {**made, "variant": spec.variant, "cold": cold}
 
 
 def read(words: list[str], variables: Mapping[str, str] | None = None, limit: float = LIMIT) -> Result:
@@ -46,8 +50,16 @@ def parse(stdout: str, stderr: str, code: int) -> Result:
     """The last result line; a process that printed none has failed, and its last words are kept."""
     lines = [line for line in stdout.splitlines() if line.startswith(MARK)]
     if lines:
-        return dict(json.loads(lines[-1].removeprefix(MARK)))
-    return {"failed": f"exit code {code}", "traceback": (stderr or stdout).strip().splitlines()[-12:]}
+        made = dict(json.loads(lines[-1].removeprefix(MARK)))
+    else:
+        last = (stderr or stdout).strip().splitlines()[-12:]
+        made = {"failed": f"exit code {code}: {last[-1] if last else 'no output'}", "traceback": last}
+    return {name: without_folders(value) if name in ("failed", "oom") else value for name, value in made.items()}
+
+
+def without_folders(text: str) -> str:
+    """Where something lay on this machine means nothing to who reads the file."""
+    return re.sub(r"(?:/[\w.+@-]+)+/", "", text)
 
 
 def environment(system: str) -> dict[str, str]:
@@ -56,6 +68,7 @@ def environment(system: str) -> dict[str, str]:
     variables = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),

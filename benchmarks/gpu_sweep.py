@@ -17,12 +17,13 @@ from benchmarks.gpu_spec import Spec, flop_per_token, ideal_seconds_per_token
 
 SCAN_STEPS = 3
 Run = Callable[[Spec], Result]
+Runs = dict[str, list[Result]]
 # Figures of which a system's entry holds the median over its rounds.
 FIGURES = (
     *("tokens_per_second", "step_seconds", "idle_gib", "peak_gib", "reserved_gib", "driver_gib", "host_gib"),
     *("build_peak_gib", "ready_seconds", "first_step_seconds", "start_to_first_step_seconds", "process_seconds"),
 )
-KEPT = ("trained", "trained_dtypes", "moment_dtypes", "losses", "base_weight", "attention", "versions")
+KEPT = ("trained", "trained_dtypes", "moment_dtypes", "losses", "base_weight", "attention", "allocator", "versions")
 
 
 class Clock:
@@ -71,8 +72,11 @@ def chosen(row: Row, trials: dict[str, list[Result]]) -> dict[str, Spec]:
     return picked
 
 
-def rounds(specs: dict[str, Spec], count: int, steps: int, run: Run, clock: Clock) -> dict[str, list[Result]]:
-    """`count` rounds of every system in rotated order; a round that would not fit the clock is not begun."""
+def rounds(
+    specs: dict[str, Spec], count: int, steps: int, run: Run, clock: Clock, keep: Callable[[Runs], None]
+) -> None:
+    """`count` rounds of every system in rotated order; a round that would not fit the clock is not begun.
+    `keep` gets all runs so far after every round."""
     runs: dict[str, list[Result]] = {system: [] for system in specs}
     needed = 60.0 * len(specs)
     for number in range(count):
@@ -81,8 +85,8 @@ def rounds(specs: dict[str, Spec], count: int, steps: int, run: Run, clock: Cloc
         begun = clock.now()
         for system in rotated(list(specs), number):
             runs[system].append(run(specs[system].but(steps=steps)))
+        keep(runs)
         needed = clock.now() - begun
-    return runs
 
 
 def rotated(systems: list[str], number: int) -> list[str]:

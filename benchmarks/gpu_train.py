@@ -23,7 +23,7 @@ from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
 from benchmarks.gpu_process import Result, worked
 from benchmarks.gpu_rows import LONGEST, LONGEST_CAPS_GIB, LONGEST_SPEC, ROWS, SYSTEMS, Row, parse_rows, parse_systems
 from benchmarks.gpu_spec import Spec
-from benchmarks.gpu_sweep import Clock, Run
+from benchmarks.gpu_sweep import Clock, Run, Runs
 from benchmarks.gpu_table import longest_lines, outcome, table
 
 NAME = "gpu_train"
@@ -69,10 +69,13 @@ def measure(
     merge(held, name, {s: _scanned(trials[s], row, s) for s in systems if s not in picked}, {})
     merge(held, name, {s: gpu_sweep.entry(spec, trials[s], [], None) for s, spec in picked.items()}, {})
     save()
-    runs = gpu_sweep.rounds(picked, options.rounds, options.steps, run, clock)
-    measured = {system: runs[system] for system in picked if runs[system]}
-    entries = {s: gpu_sweep.entry(picked[s], trials[s], made, ceiling) for s, made in measured.items()}
-    merge(held, name, entries, gpu_sweep.ratios(measured))
+
+    def keep(runs: Runs) -> None:
+        entries = {s: gpu_sweep.entry(picked[s], trials[s], made, ceiling) for s, made in runs.items()}
+        merge(held, name, entries, gpu_sweep.ratios(runs))
+        save()
+
+    gpu_sweep.rounds(picked, options.rounds, options.steps, run, clock, keep)
 
 
 def _scanned(trials: list[Result], row: Row, system: str) -> dict[str, Any]:
@@ -140,7 +143,12 @@ def load(path: Path) -> File:
 
 
 def saver(held: File, path: Path) -> Callable[[], None]:
-    return lambda: print(f"saved {record.save(path.stem, held, path.resolve().parent)}", file=sys.stderr, flush=True)
+    """Writes the file as it stands; called often, since a call may be cut off at any moment."""
+
+    def save() -> None:
+        record.save(path.stem, held, path.resolve().parent)
+
+    return save
 
 
 def _options() -> argparse.Namespace:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +22,6 @@ from benchmarks.gpu_spec import Spec
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEARNING_RATE, CLIP = 1e-4, 1.0
-
-
-def first_imports(spec: Spec) -> None:
-    """Unsloth patches torch, transformers and PEFT, and wants to be first."""
-    os.environ.update({"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"})
-    if "unsloth" in spec.system:
-        import unsloth  # noqa: F401
 
 
 def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:

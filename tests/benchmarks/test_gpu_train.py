@@ -95,8 +95,9 @@ def test_a_scan_is_reused_only_where_it_tried_todays_variants() -> None:
     "script, expected",
     [
         (f"print('noise'); print('{MARK}' + '{{\"a\": 1}}')", {"a": 1}),
-        ("raise SystemExit('no such kernel')", {"failed": "exit code 1", "traceback": ["no such kernel"]}),
-        ("import os; os.abort()", {"failed": "exit code -6"}),
+        ("raise SystemExit('no such kernel')", {"failed": "exit code 1: no such kernel"}),
+        ("import os; os._exit(3)", {"failed": "exit code 3: no output"}),
+        ("raise SystemExit('no file /a/b-c/d.py here')", {"failed": "exit code 1: no file d.py here"}),
         ("import time; time.sleep(60)", {"failed": "not done after 3 s"}),
     ],
 )
