@@ -7,7 +7,6 @@ a process's number, not the width of an adapter.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +83,8 @@ def joined() -> Iterator[Ranks]:
             raise
         raise ended from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
@@ -92,7 +92,7 @@ def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
     others = [rank for rank in range(ranks.world) if rank != ranks.rank and store.check([_key(rank)])]
     if others and not isinstance(error, VeneerError):
         ended: Exception = TrainingError(store.get(_key(others[0])).decode())
-    elif "losed by peer" in str(error) or isinstance(error, dist.DistError):
+    elif "gloo/transport" in str(error) or isinstance(error, dist.DistError):
         ended = TrainingError(
             f"a process of this run ended without a word, perhaps killed for its memory ({str(error)[:200]}). "
             "The last checkpoint stands: --resume goes on from it"
@@ -100,8 +100,7 @@ def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
     else:
         ended = error
     _tell(store, ranks, ended)
-    with contextlib.suppress(RuntimeError):
-        dist.group.WORLD.abort()  # the others wait for this process: let them fail now
+    _leave()
     if not ranks.is_main and isinstance(ended, VeneerError):
         ended.told_elsewhere = _heard(store)
     return ended
@@ -110,6 +109,14 @@ def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
 def _tell(store: dist.Store, ranks: Ranks, error: Exception) -> None:
     kind = "" if isinstance(error, VeneerError) else f"{type(error).__name__}: "
     store.set(_key(ranks.rank), f"process {ranks.rank} of {ranks.world}: {kind}{error}")
+
+
+def _leave() -> None:
+    """Breaks the connection that the others wait on, so that they fail now and not when their patience ends."""
+    if dist.get_backend() == "nccl":
+        dist.group.WORLD.abort()  # to destroy it would wait for what is under way
+    else:
+        dist.destroy_process_group()
 
 
 def _heard(store: dist.Store) -> bool:
