@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,35 @@ def test_a_failure_while_writing_leaves_nothing(
     with pytest.raises(OSError, match="No space"):
         merge_into_base(str(adapter_folder), str(base), str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_of_a_quantised_base_goes_into_the_dense_weights(
+    base: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    """The same bytes as of the adapter trained on the dense base, and a note."""
+    adapter = Adapter.load(adapter_folder)
+    Adapter(adapter.tensors, dataclasses.replace(adapter.card, storage="nf4-dq bfloat16")).save(tmp_path / "quantised")
+    reports = [
+        merge_into_base(str(folder), str(base), str(tmp_path / f"merged-{i}"), "float32")
+        for i, folder in enumerate([adapter_folder, tmp_path / "quantised"])
+    ]
+    files = [Path(report.output, "model.safetensors").read_bytes() for report in reports]
+    assert files[0] == files[1]
+    assert reports[0].notes == () and "nf4-dq bfloat16 and is merged into the dense" in reports[1].notes[0]
+
+
+def test_a_base_stored_in_four_bits_is_written_dense(base: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    """Its weights are then what NF4 stands for, and the update on top of them."""
+    packed = load(str(base), "float32", storage="nf4")
+    packed.model.save_pretrained(tmp_path / "packed")
+    packed.tokenizer.save_pretrained(tmp_path / "packed")
+    four = load(str(tmp_path / "packed"), "float32")
+    assert four.storage == "nf4 float32"
+    adapter = Adapter.load(adapter_folder)
+    card = dataclasses.replace(adapter.card, base=four.fingerprint, storage=four.storage)
+    Adapter(adapter.tensors, card).save(tmp_path / "adapter4")
+    report = merge_into_base(str(tmp_path / "adapter4"), str(tmp_path / "packed"), str(tmp_path / "merged"), "float32")
+    with torch.no_grad():
+        wanted = attach(four.model, Adapter.load(tmp_path / "adapter4"))(input_ids=IDS).logits
+    torch.testing.assert_close(_plain_logits(report.output), wanted, rtol=1e-4, atol=1e-5)
+    assert "stored as nf4" in report.notes[0] and report.logits_difference < 1e-5

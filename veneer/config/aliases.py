@@ -72,7 +72,7 @@ ADVICE: dict[str, str] = {
     "quantization_config": "write its options at the top level: `load_in_4bit`, `bnb_4bit_use_double_quant`",
     "bnb_4bit_compute_dtype": "products are in `dtype`",
     "bnb_4bit_quant_storage": "packed weights are bytes on every device, FSDP too; leave it out",
-    "llm_int8_threshold": "its usual 6 is what `llm_int8_outliers` takes; without it, outliers are not kept apart",
+    "llm_int8_threshold": "inputs are not split; `llm_int8_outliers` keeps columns of far-out weights as they are",
     "llm_int8_skip_modules": "the vocabulary head alone is not quantised; leave it out",
     "use_dora": "the only method is lora; see `method`",
     "bias": "biases are not trained; leave it out",

@@ -41,7 +41,7 @@ class StorageSettings(Settings):
     bnb_4bit_quant_type: Literal["nf4", "int4"] = Field(default="nf4", description="the sixteen values of load_in_4bit")
     bnb_4bit_use_double_quant: bool = Field(default=False, description="nf4: quantise the block scales too")
     llm_int8_outliers: bool = Field(
-        default=False, description="load_in_8bit: multiply columns of large inputs in higher precision"
+        default=False, description="load_in_8bit: keep columns of far-out weights as they are"
     )
 
     @property

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
 from veneer.errors import ConfigError, ModelError
-from veneer.model.load import DTYPES, load
+from veneer.model.load import DTYPES, Loaded, load
 from veneer.model.packed import speaking
+from veneer.model.saving import make_dense
 
 SLOT = "merging"
 PROBE_TOKENS = 32
@@ -48,7 +49,9 @@ class MergeReport:
 def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: str = "auto") -> MergeReport:
     """Writes base + adapter to the folder `output`: summed in float32, rounded once to `dtype`.
 
-    dtype 'auto' is the base checkpoint's own, float32 for GGUF (whose values are not bfloat16 numbers).
+    dtype 'auto' is the base checkpoint's own, float32 for GGUF (whose values are not bfloat16 numbers). The sum is
+    with the dense weights of the checkpoint, whatever the adapter was trained on; where the checkpoint itself is
+    quantised, with the values that it stands for.
     Raises ConfigError when output holds files, WrongBaseError, NotMergeable; nothing half-written stays.
     """
     folder = Path(output)
@@ -57,6 +60,8 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     adapter = Adapter.load(adapter_folder)
     loaded = load(base_model, "float32", device="cpu")
     chosen = _dtype(loaded.model, dtype)
+    notes = _storage_notes(adapter, loaded)
+    make_dense(loaded.model, torch.float32)
     attach(loaded.model, adapter, SLOT)
     wanted = _logits(loaded.model, SLOT)
     rounding = {
@@ -67,7 +72,17 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     detach(loaded.model)
     loaded.model.to(chosen)
     got = _write(folder, loaded.model, loaded.tokenizer, chosen)
-    return _report(folder, chosen, rounding, wanted, got)
+    return _report(folder, chosen, rounding, wanted, got, notes)
+
+
+def _storage_notes(adapter: Adapter, loaded: Loaded) -> list[str]:
+    if not loaded.storage.startswith("dense "):
+        kind = loaded.storage.split()[0]
+        return [f"the base is stored as {kind}: the update is added to the values that stands for, and written dense"]
+    trained = adapter.card.storage or loaded.storage
+    if trained.startswith("dense "):
+        return []
+    return [f"the adapter was trained beside the base stored as {trained} and is merged into the dense weights"]
 
 
 def _dtype(model: nn.Module, dtype: str) -> torch.dtype:
@@ -111,17 +126,17 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype) -
 Roundings = dict[str, tuple[float, float]]  # layer -> ‖stored - merged‖, ‖ΔW‖
 
 
-def _report(folder: Path, dtype: torch.dtype, rounding: Roundings, wanted: Tensor, got: Tensor) -> MergeReport:
+def _report(
+    folder: Path, dtype: torch.dtype, rounding: Roundings, wanted: Tensor, got: Tensor, notes: list[str]
+) -> MergeReport:
     relative = {path: error / norm if norm else 0.0 for path, (error, norm) in rounding.items()}
     errors, norms = zip(*rounding.values(), strict=True)
     update = sum(norm**2 for norm in norms) ** 0.5
     worst = max(relative, key=relative.__getitem__)
     overall = (sum(error**2 for error in errors) ** 0.5) / update if update else 0.0
-    notes = (
-        (f"rounding to {dtype} took {overall:.0%} of the update: keep the adapter, or merge with --dtype float32",)
-        if overall > 0.1
-        else ()
-    )
+    if overall > 0.1:
+        lost = f"rounding to {dtype} took {overall:.0%} of the update"
+        notes = [*notes, f"{lost}: keep the adapter, or merge with --dtype float32"]
     return MergeReport(
         output=str(folder),
         dtype=str(dtype).removeprefix("torch."),
@@ -132,5 +147,5 @@ def _report(folder: Path, dtype: torch.dtype, rounding: Roundings, wanted: Tenso
         worst_rounding_error=relative[worst],
         logits_difference=(got - wanted).abs().max().item(),
         logits_scale=wanted.abs().max().item(),
-        notes=notes,
+        notes=tuple(notes),
     )

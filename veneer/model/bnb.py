@@ -19,6 +19,7 @@ from veneer.model.shards import Shards
 
 NF4 = {False: "nf4", True: "nf4-dq"}  # with double quantisation? -> name of the storage
 STATE = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
 
 def stored_as(name: str, quantization: Any) -> str | None:
@@ -58,11 +59,16 @@ def storage_of(weight: str, names: Container[str]) -> str:
     return NF4[f"{weight}.nested_absmax" in names]
 
 
+def parts_of(weight: str, names: Container[str]) -> list[str]:
+    """The names of all that is stored for a packed layer."""
+    return [weight, *(name for part in PARTS if (name := f"{weight}.{part}") in names)]
+
+
 def read(weight: str, shards: Shards, kind: type[Base], shape: tuple[int, int], bias: Tensor | None, **to: Any) -> Base:
     """The base of a packed layer, `shape` (O, I), byte for byte that of the files. `to`: compute dtype, device."""
     base = kind.empty(*shape, bias is not None, **to)
-    parts = {name.removeprefix(weight.removesuffix("weight")): name for name in shards.file_of if _of(name, weight)}
-    state = {part: shards.read(name) for part, name in parts.items()}
+    layer = weight.removesuffix("weight")
+    state = {name.removeprefix(layer): shards.read(name) for name in parts_of(weight, shards.file_of)}
     if bias is not None:
         state["bias"] = bias
     try:
@@ -95,7 +101,3 @@ def _format(facts: Mapping[str, Any]) -> str:
     if facts.get("load_in_8bit"):
         return "bitsandbytes int8"
     return {"gptq": "GPTQ", "awq": "AWQ"}.get(method, method or "an unnamed format")
-
-
-def _of(name: str, weight: str) -> bool:
-    return name == weight or name.startswith(f"{weight}.")

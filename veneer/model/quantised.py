@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -37,6 +37,7 @@ class Way:
     dtype: torch.dtype
     device: torch.device
     packed: bool = False
+    twice: bool = False  # fp8: a second copy, transposed, for the backward product
 
     def __str__(self) -> str:
         return f"{self.storage} {str(self.dtype).removeprefix('torch.')}"
@@ -97,15 +98,14 @@ def _fill(source: Source, model: nn.Module, shards: Shards, way: Way, progress: 
     names = {path: shards.name_of(f"{path}.weight", model.base_model_prefix) for path in places}
     check_complete(source, _misfits(places, names, shards))
     weights = {path: name for path, name in names.items() if name is not None}
-    made = {}
+    made, way = {}, _room(way, sum(rows * columns for rows, columns in (hollow.shape for hollow in places.values())))
     by_file = sorted(weights, key=lambda path: str(shards.file_of[weights[path]]))
     for path in shown(by_file, f"reading {source.name} as {way.storage}", progress):
         made[path] = _layer(places[path], weights[path], shards, way)
     shards.close()
     for path in places:  # in the model's order, which the families of leaves follow
         _put(model, path, made.pop(path))
-    parts = {f"{path}.bias" for path in places} | {_bias(name) for name in weights.values()}
-    return parts | {name for name in told["unexpected_keys"] if _weight(name) in weights.values()}
+    return {part for path, name in weights.items() for part in _parts(name, places[path], shards)}
 
 
 def _misfits(places: dict[str, Hollow], names: dict[str, str | None], shards: Shards) -> dict[str, list[str]]:
@@ -133,7 +133,7 @@ def _layer(hollow: Hollow, name: str, shards: Shards, way: Way) -> nn.Module:
     if way.packed:
         return _plain(weight, bias)
     with _named(f"{name} in {shards.file_of[name]}"):
-        return storage_class(way.storage).from_weight(weight, bias)
+        return _stored(weight, bias, way)
 
 
 def _encode(model: nn.Module, way: Way, progress: bool) -> None:
@@ -143,8 +143,22 @@ def _encode(model: nn.Module, way: Way, progress: bool) -> None:
         weight, bias = linear.weight.detach().to(way.device), linear.bias
         linear.weight = None
         with _named(f"{path}.weight"):
-            base = storage_class(way.storage).from_weight(weight, None if bias is None else bias.to(way.device))
+            base = _stored(weight, None if bias is None else bias.to(way.device), way)
         place_leaf(model, path, base)
+
+
+def _stored(weight: Tensor, bias: Tensor | None, way: Way) -> Base:
+    base: Any = storage_class(way.storage).from_weight(weight, bias)
+    if way.twice:
+        base.add_transposed(weight)
+    return base
+
+
+def _room(way: Way, elements: int) -> Way:
+    """Whether fp8 is kept twice: where both copies leave half of the GPU's free memory to training."""
+    if way.storage != "fp8" or way.device.type != "cuda":
+        return way
+    return replace(way, twice=4 * elements <= torch.cuda.mem_get_info(way.device)[0])
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
@@ -161,14 +175,14 @@ def _plain(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
+def _parts(weight: str, hollow: Hollow, shards: Shards) -> list[str]:
+    """The names of all that was read for one layer."""
+    bias = [_bias(weight)] if hollow.biased else []
+    return bias + (bnb.parts_of(weight, shards.file_of) if bnb.is_packed(weight, shards.file_of) else [weight])
+
+
 def _bias(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
-
-
-def _weight(name: str) -> str:
-    """The weight that a tensor's name belongs to: itself, or that of `q_proj.weight.absmax`."""
-    before, dot, _ = name.partition(".weight.")
-    return f"{before}.weight" if dot else name
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from veneer.errors import ModelError, listed
+from veneer.model.shards import Shards
 from veneer.model.source import Source, unknown
+from veneer.model.sources import checkpoint_files
 from veneer.model.unpack import unpacked
 
 
@@ -64,6 +66,8 @@ def from_pretrained(source: Source, **options: Any) -> tuple[PreTrainedModel, di
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # as above
+        if not source.gguf_file:
+            Shards(checkpoint_files(source.place))  # names a damaged file, which transformers does not
         raise unknown(source.name, _first_line(error)) from error
 
 
