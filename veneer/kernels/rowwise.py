@@ -15,6 +15,7 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 LEAST = 1e-12  # of a row's largest magnitude, so that a row of zeros has a scale
+TINY = 1e-36  # the same for int8: 127 / TINY is finite
 AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements worked on at a time, so that what is held beside stays small
 
 
@@ -26,28 +27,33 @@ def quantise_rows_int8(w_OI: Tensor) -> tuple[Tensor, Tensor]:
         piece = w_OI[rows].float()
         absmax = piece.abs().amax(1)
         absmax_O[rows] = absmax
-        codes_OI[rows] = (piece * (127.0 / absmax.clamp(min=LEAST * 2**-60)).unsqueeze(1)).round_()
+        codes_OI[rows] = (piece * (127.0 / absmax.clamp(min=TINY)).unsqueeze(1)).round_()
     return codes_OI, absmax_O
 
 
 def quantise_rows_fp8_reference(x_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (O, I) in e4m3 and scales (O, 1) in float32: x ≈ code · scale, a row's largest magnitude is code 448.
 
-    The cast itself would turn what exceeds 448 into NaN: values saturate before it. NaN stays NaN.
+    The cast itself would turn what exceeds 448 into NaN: values saturate before it. A row that holds NaN or infinity
+    has NaN for its scale, so that its products are NaN and no other row's.
     """
     codes_OI = torch.empty(x_OI.shape, dtype=E4M3, device=x_OI.device)
     scale_O1 = torch.empty(len(x_OI), 1, dtype=torch.float32, device=x_OI.device)
     for rows in _pieces(x_OI):
         piece = x_OI[rows].float()
         absmax = piece.abs().amax(1, keepdim=True).clamp_(min=LEAST)
-        scale_O1[rows] = absmax * (1 / E4M3_MAX)
-        codes_OI[rows] = piece.mul_(E4M3_MAX / absmax).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        scale_O1[rows] = torch.where(absmax.isfinite(), absmax * (1 / E4M3_MAX), torch.nan)
+        codes_OI[rows] = (piece * (E4M3_MAX / absmax)).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return codes_OI, scale_O1
 
 
 def dequantise_rows(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """code · scale, (O, I): a float32 product rounded once, to `dtype`."""
-    if torch.compiler.is_compiling() or codes_OI.is_meta:
+    if codes_OI.is_cuda and not torch.compiler.is_compiling() and _in_triton(codes_OI):
+        from veneer.kernels.rowwise_triton import dequantise_rows_triton
+
+        return dequantise_rows_triton(codes_OI, scale_O, dtype)
+    if torch.compiler.is_compiling() or codes_OI.device.type != "cpu":
         return (codes_OI.float() * scale_O.unsqueeze(1)).to(dtype)
     out_OI = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
     for rows in _pieces(codes_OI):
@@ -55,8 +61,14 @@ def dequantise_rows(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Te
     return out_OI
 
 
+def _in_triton(codes: Tensor) -> bool:
+    """Whether a kernel of ours can read these codes: e4m3 from compute capability 8.9 on."""
+    reads = codes.dtype != E4M3 or torch.cuda.get_device_capability(codes.device) >= (8, 9)
+    return reads and importlib.util.find_spec("triton") is not None
+
+
 def _as_float(codes: Tensor) -> Tensor:
-    if codes.dtype != E4M3 or codes.device.type != "cpu":
+    if codes.dtype != E4M3:
         return codes.float()
     # The cast takes four times as long on a CPU as looking each byte up.
     return torch.index_select(_e4m3_values(), 0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
@@ -79,7 +91,7 @@ def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantised(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    if importlib.util.find_spec("triton") is None:
+    if not (x_TI.is_cuda and importlib.util.find_spec("triton")):
         return quantise_rows_fp8_reference(x_TI)
     from veneer.kernels.rowwise_triton import quantise_rows_fp8_triton
 
