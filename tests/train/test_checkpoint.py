@@ -117,6 +117,15 @@ def test_a_missing_file_is_told(jobs: list, fresh: list, tmp_path: Path) -> None
 def test_other_threads_are_a_note(jobs: list, fresh: list, tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, jobs, RUN, keep=1)
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "threads": state["threads"] + 1}))
+    state["layout"]["threads"] += 1
+    (folder / "state.json").write_text(json.dumps(state))
     (note,) = checkpoint.restore(folder, fresh, RUN)
+    assert "threads was" in note
     assert "not to the byte" in note
+
+
+def test_other_processes_and_passes_are_a_note(jobs: list, fresh: list, tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, jobs, RUN, keep=1, processes=2)
+    (note,) = checkpoint.restore(folder, fresh, RUN, processes=4)
+    assert "processes was 2, is 4" in note
+    assert "dropout" not in note

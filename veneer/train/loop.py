@@ -37,7 +37,7 @@ def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save, r
 
     Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
-    with memory_explained(jobs, ranks):
+    with memory_explained(model, jobs, ranks):
         _run(model, jobs, record, save, ranks)
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:

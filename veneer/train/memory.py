@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from veneer.bases.dense import Dense
 from veneer.errors import NotEnoughMemoryError, listed
 from veneer.train.job import Job
 from veneer.train.ranks import Ranks
@@ -16,14 +18,15 @@ SIGNS = ("not enough memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_ST
 
 
 @contextmanager
-def memory_explained(jobs: Sequence[Job], ranks: Ranks) -> Iterator[None]:
+def memory_explained(model: nn.Module, jobs: Sequence[Job], ranks: Ranks) -> Iterator[None]:
     """Inside, running out of memory raises NotEnoughMemoryError, which says what can be done."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise NotEnoughMemoryError(_explanation([job for job in jobs if not job.done], ranks, error)) from error
+        active = [job for job in jobs if not job.done]
+        raise NotEnoughMemoryError(_explanation(model, active, ranks, error)) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -33,10 +36,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
-def _explanation(jobs: Sequence[Job], ranks: Ranks, error: BaseException) -> str:
+def _explanation(model: nn.Module, jobs: Sequence[Job], ranks: Ranks, error: BaseException) -> str:
     held = [_held(job, ranks) for job in jobs]
     said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    steps = [step for job in jobs for step in _lower(job, len(jobs) > 1)]
+    steps = [step for job in jobs for step in _lower(job, len(jobs) > 1)] + _lower_base(model, ranks)
     return listed(
         "\n".join([f"out of memory: {said}", *held, "What takes less:"]),
         steps,
@@ -74,5 +77,14 @@ def _lower(job: Job, named: bool) -> list[str]:
         steps.append("--gradient-checkpointing: activations are computed twice instead of kept, a third slower")
     longest = max(len(example.input_ids) for example in job.train)
     steps.append(f"--max-length {max(1, longest // 2)}: the longest row now has {longest:,} tokens")
-    steps.append("--load-in-4bit: the base takes a quarter of the memory of bfloat16")
     return [f"{job.slot}: {step}" for step in steps] if named else steps
+
+
+def _lower_base(model: nn.Module, ranks: Ranks) -> list[str]:
+    """How the base would take less."""
+    steps = []
+    if any(isinstance(module, Dense) for module in model.modules()):
+        steps.append("--load-in-4bit: the base takes a quarter of the memory of bfloat16")
+    if (gpus := torch.cuda.device_count()) > 1 and ranks.world == 1:
+        steps.append(f"torchrun --nproc-per-node {gpus} -m veneer.cli train ... --fsdp: the base shared by {gpus} GPUs")
+    return steps

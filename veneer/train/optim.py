@@ -57,21 +57,21 @@ def adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
 
     An adapter under 4,096 parameters keeps its moments in 32 bits.
     """
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit([flat.values_P], **_options(settings))
 
 
 def paged_adamw(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     """AdamW with moments in memory that CUDA moves to the host and back as it needs to."""
-    from bitsandbytes.optim import PagedAdamW32bit
+    from bitsandbytes.optim.adamw import PagedAdamW32bit
 
     return PagedAdamW32bit([flat.values_P], **_options(settings))
 
 
 def paged_adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     """Both: moments in 8 bits, in paged memory."""
-    from bitsandbytes.optim import PagedAdamW8bit
+    from bitsandbytes.optim.adamw import PagedAdamW8bit
 
     return PagedAdamW8bit([flat.values_P], **_options(settings))
 

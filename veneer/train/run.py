@@ -16,9 +16,6 @@ from transformers import PreTrainedModel
 
 from veneer.adapter.attach import attach, methods_of, take
 from veneer.config import RunConfig, write_yaml
-from veneer.data.batches import split
-from veneer.data.chat import EncodedRows, Example, Template, encode_rows
-from veneer.data.sources import read_rows
 from veneer.errors import ConfigError
 from veneer.lowrank import norm
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
@@ -29,6 +26,7 @@ from veneer.train.loop import loop
 from veneer.train.optim import check_optimizer
 from veneer.train.ranks import Ranks, joined
 from veneer.train.record import Recorder, machine, peak_memory_bytes
+from veneer.train.rows import read_data
 from veneer.train.schedule import Rate, choose_rate
 from veneer.train.shard import check_shardable, gathered, shard
 
@@ -59,25 +57,6 @@ class TrainResult:
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "notes": list(self.notes)}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """Examples to train on and to validate on, and what was said about them."""
-
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    notes: tuple[str, ...]
-
-    def facts(self) -> dict[str, int]:
-        tokens = sum(len(example.input_ids) for example in self.train)
-        trained = sum(sum(example.targets) for example in self.train)
-        return {
-            "rows": len(self.train),
-            "validation_rows": len(self.validation),
-            "tokens": tokens,
-            "trained_tokens": trained,
-        }
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -112,8 +91,9 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
         raise ConfigError(f"--output-dir {output} is a file; name a folder")
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
+    dtype, device = _place(config)
     loaded = loaded or load(
-        config.base_model, tokenizer=tokenizer, storage=config.storage, progress=progress, **_place(config)
+        config.base_model, dtype, device, tokenizer=tokenizer, storage=config.storage, progress=progress
     )
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
     if config.train.fsdp:
@@ -161,33 +141,6 @@ def _set_recompute(model: PreTrainedModel, wanted: bool) -> None:
         model.train()
 
 
-def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
-    """Rows of the data file as examples, split; DataError where nothing is left to train on."""
-    template = Template(tokenizer, config.data.system_prompt)
-    encoded = _encode(config.data.dataset, template, config)
-    notes = list(encoded.notes)
-    if config.data.eval_dataset is not None:
-        validation = _encode(config.data.eval_dataset, template, config)
-        return TrainingData(encoded.examples, validation.examples, tuple(notes + list(validation.notes)))
-    share = config.data.validation_split
-    if isinstance(share, float) and share * len(encoded.examples) < 2:
-        notes += [f"no validation rows: {share:g} of {len(encoded.examples)} rows is less than two"] if share else []
-        return TrainingData(encoded.examples, (), tuple(notes))
-    prompts = [_prompt(example) for example in encoded.examples]
-    train_rows, validation_rows = split(len(prompts), share, config.train.seed, prompts)
-    pick = encoded.examples.__getitem__
-    return TrainingData(tuple(map(pick, train_rows)), tuple(map(pick, validation_rows)), tuple(notes))
-
-
-def _encode(path: str, template: Template, config: RunConfig) -> EncodedRows:
-    return encode_rows(read_rows(path), template, config.data.max_length, path)
-
-
-def _prompt(example: Example) -> tuple[int, ...]:
-    """What stands before the first trained token: rows that share it stay on one side of the split."""
-    return example.input_ids[: example.targets.index(True)]
-
-
 def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
     options = {name: value for name, value in config.to_flat().items() if name not in (*FREE, *PASSES)}
@@ -203,11 +156,11 @@ def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:
     }
 
 
-def _place(config: RunConfig) -> dict[str, str]:
-    """Where to load to, and in what. A base to share out is too large for one GPU: it comes by way of the CPU."""
+def _place(config: RunConfig) -> tuple[str, str]:
+    """In what dtype and where to load. A base to share out is too large for one GPU: it comes by way of the CPU."""
     if not (config.train.fsdp and torch.cuda.is_available()):
-        return {"dtype": config.dtype, "device": "auto"}
-    return {"dtype": "bfloat16" if config.dtype == "auto" else config.dtype, "device": "cpu"}
+        return config.dtype, "auto"
+    return "bfloat16" if config.dtype == "auto" else config.dtype, "cpu"
 
 
 def _sharing(job: Job, ranks: Ranks) -> list[str]:
