@@ -125,7 +125,8 @@ def gradients(
     for run, dz_TR in zip(runs, dzs, strict=True):
         if any(needed[2 * piece.pair] for piece in run):
             rows = slice(run[0].start, run[0].stop)
-            for piece, da in zip(run, _split(dz_TR.t() @ x_TI[rows], run, cast, 0), strict=True):
+            da_RI = _outer(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
+            for piece, da in zip(run, _split(da_RI, run, cast, 0), strict=True):
                 grads.add(2 * piece.pair, da)
     return (_through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
 
@@ -143,8 +144,9 @@ def _through_b(
         g = g_TO[rows]
         parts.append((g @ cast[b_index]).mul_(piece.scale))
         if grads.needed[b_index]:
-            # z' g and not g' z: the thin side first is the faster order on CPU.
-            grads.add(b_index, (z.t() @ g).t(), piece.scale)
+            wide = grads.dtypes[b_index]
+            # The thin side first is the faster order on the CPU; the other one comes out contiguous.
+            grads.add(b_index, _outer(g, z, wide) if g.is_cuda else _outer(z, g, wide).t(), piece.scale)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -165,6 +167,13 @@ def _through_x(
         for run, dz_TR in zip(runs[first:], dzs[first:], strict=True):
             dx_TI[run[0].start : run[0].stop].addmm_(dz_TR, _stacked(run, cast))
     return dx_TI
+
+
+def _outer(left_TX: Tensor, right_TY: Tensor, dtype: torch.dtype) -> Tensor:
+    """left' right, (X, Y) in `dtype`: a sum over all tokens, on a GPU not rounded to the activations' dtype first."""
+    if left_TX.is_cuda and dtype == torch.float32 != left_TX.dtype:
+        return torch.mm(left_TX.t(), right_TY, out_dtype=dtype)
+    return (left_TX.t() @ right_TY).to(dtype)
 
 
 def _thin_first(x_TI: Tensor, run: Sequence[Piece]) -> bool:

@@ -22,7 +22,7 @@ from veneer.model.dropout import dropout_mask
 from veneer.model.packed import Wiring
 from veneer.model.siblings import compute
 from veneer.model.stream import Span
-from veneer.model.traced import traced
+from veneer.model.traced import numbered, traced
 
 
 class Leaf(nn.Module):
@@ -33,7 +33,12 @@ class Leaf(nn.Module):
         self.base, self.slots = base, nn.ModuleDict()
         self.wiring, self.path = wiring, path
         self.siblings = [self]  # one list for all leaves of a family, see veneer.model.siblings
+        self.number = numbered(self)
         self.register_load_state_dict_pre_hook(_restore_names)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = numbered(self)  # a copy has its own: by the original's, compiled layers would find its weights
 
     @property
     def weight(self) -> Tensor:

@@ -1,54 +1,133 @@
-"""What torch.compile sees of a leaf: one adapter over all rows, in plain products.
+"""What torch.compile sees of leaves: one operation for those that are fed the same x, with its gradients.
 
 Legend: T tokens, I in, O out, R rank (of siblings together: their sum).
 
 The eager leaf (`veneer.model.leaf`) reads spans, names and methods from the running stream: Python that would have to
 be traced anew for every stream. Compiled layers run only where one slot speaks over a whole stream without dropout
-(`Wiring.whole`); then all that is left of a leaf is this.
+(`Wiring.whole`). Inside the operation runs what the eager leaf runs (`veneer.kernels.lora`); the compiler sees factors
+and activations, never the frozen weights, so it can neither keep a decoded weight for backward nor compile a layer
+anew because its storage is another.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from veneer.kernels.lora import Piece, gradients, products
 from veneer.methods.lora import LoRA
 
 if TYPE_CHECKING:
     from veneer.model.leaf import Leaf
 
+_NUMBERED: WeakValueDictionary[int, Leaf] = WeakValueDictionary()
+_next = count()
+
+
+def numbered(leaf: Leaf) -> Tensor:
+    """A number for the leaf, as the tensor that a compiled layer takes: as an int, each layer would be compiled anew."""
+    number = next(_next)
+    _NUMBERED[number] = leaf
+    return torch.tensor(number)
+
 
 def traced(leaf: Leaf, x: Tensor) -> Tensor:
-    """The output (..., O) of `leaf` for x (..., I); siblings that are fed the same x share one product over it."""
+    """The output (..., O) of `leaf` for x (..., I), while a layer is being compiled."""
     wiring = leaf.wiring
     slot = wiring.voice if wiring.stream is None else wiring.whole
     if slot is None or slot not in leaf.slots:
         return leaf.base.linear(x)
-    method, x_TI = leaf.slots[slot], x.reshape(-1, leaf.in_features)
+    if not isinstance(leaf.slots[slot], LoRA):
+        return _by_delta(leaf, x, slot)
+    family = _family(leaf, slot)
+    if wiring.thin is None or wiring.thin[0] is not x:
+        methods = [other.slots[slot] for other in family]
+        factors = [tensor for method in methods for tensor in (method.a_RI, method.b_OR)]
+        scales = [method.scale for method in methods]
+        wiring.thin = (x, lora_family(x.reshape(-1, leaf.in_features), family[0].number, slot, factors, scales))
+    outs = wiring.thin[1]
+    place = next(i for i, other in enumerate(family) if other is leaf)
+    if place == len(family) - 1:
+        wiring.thin = None
+    return outs[place].view(*x.shape[:-1], leaf.out_features)
+
+
+def _family(leaf: Leaf, slot: str) -> list[Leaf]:
+    """Those computed together with `leaf`, itself one of them."""
+    siblings = [other for other in leaf.siblings if other.in_features == leaf.in_features]
+    return [other for other in siblings if slot in other.slots and isinstance(other.slots[slot], LoRA)]
+
+
+def _by_delta(leaf: Leaf, x: Tensor, slot: str) -> Tensor:
+    x_TI = x.reshape(-1, leaf.in_features)
     y_TO = leaf.base.linear(x_TI)
-    if isinstance(method, LoRA):
-        b_OR = (method.b_OR * method.scale).to(x.dtype)
-        y_TO = torch.addmm(y_TO, _thin(leaf, slot, x), b_OR.t())
-    else:
-        bare_TO = y_TO if leaf.bias is None else y_TO - leaf.bias.to(y_TO.dtype)
-        y_TO = y_TO + method.delta(x_TI, bare_TO, leaf.base)
+    bare_TO = y_TO if leaf.bias is None else y_TO - leaf.bias.to(y_TO.dtype)
+    y_TO = y_TO + leaf.slots[slot].delta(x_TI, bare_TO, leaf.base)
     return y_TO.view(*x.shape[:-1], leaf.out_features)
 
 
-def _thin(leaf: Leaf, slot: str, x: Tensor) -> Tensor:
-    """x A' of this leaf: its part of one product over x for all A of the family, made by the first that is called."""
-    wiring, x_TI = leaf.wiring, x.reshape(-1, leaf.in_features)
-    family = [other for other in leaf.siblings if slot in other.slots and isinstance(other.slots[slot], LoRA)]
-    if len(family) == 1:
-        return x_TI @ leaf.slots[slot].a_RI.to(x.dtype).t()
-    if wiring.thin is None or wiring.thin[0] is not x:
-        factors = [other.slots[slot].a_RI for other in family]
-        z_TR = x_TI @ torch.cat(factors).to(x.dtype).t()
-        wiring.thin = (x, z_TR.split([len(a_RI) for a_RI in factors], 1))
-    parts = wiring.thin[1]
-    number = [i for i, other in enumerate(family) if other is leaf][0]
-    if number == len(family) - 1:
-        wiring.thin = None
-    return parts[number]
+def _pieces(x_TI: Tensor, scales: list[float]) -> list[Piece]:
+    return [Piece(0, len(x_TI), layer, scale, layer) for layer, scale in enumerate(scales)]
+
+
+@torch.library.custom_op(
+    "veneer::lora_family",
+    mutates_args=(),
+    schema="(Tensor x, Tensor number, str slot, Tensor[] factors, float[] scales) -> Tensor[]",
+)
+def lora_family(x: Tensor, number: Tensor, slot: str, factors: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """Outputs (T, O) of the leaves of a family, and then z = x A' (T, R) of all."""
+    bases = [leaf.base for leaf in _family(_NUMBERED[int(number)], slot)]
+    ys, zs = products(x, bases, _pieces(x, scales), factors)
+    return [*ys, *zs]
+
+
+@lora_family.register_fake
+def _(x: Tensor, number: Tensor, slot: str, factors: list[Tensor], scales: list[float]) -> list[Tensor]:
+    ranks = sum(a_RI.shape[0] for a_RI in factors[0::2])
+    return [x.new_empty(x.shape[0], b_OR.shape[0]) for b_OR in factors[1::2]] + [x.new_empty(x.shape[0], ranks)]
+
+
+@torch.library.custom_op(
+    "veneer::lora_family_backward",
+    mutates_args=(),
+    schema="(Tensor[] gs, Tensor x, Tensor z, Tensor number, str slot, Tensor[] factors, float[] scales) -> Tensor[]",
+)
+def lora_family_backward(
+    gs: list[Tensor], x: Tensor, z: Tensor, number: Tensor, slot: str, factors: list[Tensor], scales: list[float]
+) -> list[Tensor]:
+    """The gradient of x (T, I), and then of every factor."""
+    bases = [leaf.base for leaf in _family(_NUMBERED[int(number)], slot)]
+    dx, sums = gradients(gs, x, [z], bases, _pieces(x, scales), factors, True, [True] * len(factors))
+    return [dx, *map(_own, sums)]
+
+
+def _own(grad: Tensor) -> Tensor:
+    """A contiguous tensor in memory of its own, as what an operation returns has to be."""
+    alone = grad.is_contiguous() and grad.untyped_storage().nbytes() == grad.nbytes
+    return grad if alone else grad.clone(memory_format=torch.contiguous_format)
+
+
+@lora_family_backward.register_fake
+def _(
+    gs: list[Tensor], x: Tensor, z: Tensor, number: Tensor, slot: str, factors: list[Tensor], scales: list[float]
+) -> list[Tensor]:
+    return [torch.empty_like(x), *(torch.empty_like(factor) for factor in factors)]
+
+
+def _keep(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, number, ctx.slot, factors, ctx.scales = inputs
+    ctx.save_for_backward(x, output[-1], number, *factors)
+
+
+def _backward(ctx: Any, gs: list[Tensor]) -> tuple[Any, ...]:
+    x, z, number, *factors = ctx.saved_tensors
+    dx, *sums = lora_family_backward(list(gs[:-1]), x, z, number, ctx.slot, factors, ctx.scales)
+    return dx, None, None, sums, None
+
+
+lora_family.register_autograd(_backward, setup_context=_keep)
