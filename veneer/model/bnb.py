@@ -73,8 +73,8 @@ def read(weight: str, shards: Shards, kind: type[Base], shape: tuple[int, int], 
         state["bias"] = bias
     try:
         base.load_state_dict(state)
-    except RuntimeError as error:  # torch's own: a headline, then a line for each fault
-        faults = [line.strip() for line in str(error).splitlines()[1:]]
+    except (ModelError, RuntimeError) as error:  # both: a headline, then a line for each fault
+        faults = [line.strip(" -") for line in str(error).splitlines()[1:]]
         headline = f"{weight} in {shards.file_of[weight]} is not the NF4 weight of a layer {shape}:"
         raise ModelError(listed(headline, faults or [str(error)])) from error
     return base
