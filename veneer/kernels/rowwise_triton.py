@@ -91,7 +91,7 @@ def _quantise(
         broken = tl.maximum(broken, tl.max((~(tl.abs(more) < float("inf"))).to(tl.int32), 0))
     absmax = tl.maximum(absmax, LEAST)
     tl.store(scale_ptr + row, tl.where(broken != 0, float("nan"), absmax * (1 / MOST)))
-    inverse = tl.div_rn(MOST, absmax)
+    inverse = MOST * tl.div_rn(1.0, absmax)  # as torch divides a number by a tensor: it rounds twice
     for step in range(TIMES):
         here = step * WIDTH + column
         if TIMES > 1:
