@@ -74,25 +74,27 @@ class Job:
     def epoch(self) -> float:
         return self.step / self.batches.steps_per_epoch
 
-    def rows(self, micro: int) -> list[Example]:
-        """The examples of micro-batch `micro` of the coming step; none where the epoch's last step is a short one."""
+    def rows(self, micro: int, later: int = 0) -> list[Example]:
+        """The examples of micro-batch `micro` of the coming step, or of one that many steps later; none where the
+        epoch's last step is a short one."""
         size = self.settings.per_device_train_batch_size
-        return [self.train[row] for row in self.batches.rows(self.step)[micro * size : (micro + 1) * size]]
+        return [self.train[row] for row in self.batches.rows(self.step + later)[micro * size : (micro + 1) * size]]
 
-    def dropout_key(self, micro: int, rank: int = 0) -> int | None:
-        """The key of micro-batch `micro` of the coming step in process `rank`; None where nothing is dropped.
+    def dropout_key(self, micro: int, rank: int = 0, later: int = 0) -> int | None:
+        """The key of micro-batch `micro` of that step in process `rank`; None where nothing is dropped.
 
         Masks are drawn for the rows that a process packs together, so more processes draw others than one does.
         """
         if not any(method.dropout for method in self.methods.values()):
             return None
         who = f"{self.slot}/process {rank}" if rank else self.slot
-        return dropout_key(self.settings.seed, who, self.step * self.settings.gradient_accumulation_steps + micro)
+        step = self.step + later
+        return dropout_key(self.settings.seed, who, step * self.settings.gradient_accumulation_steps + micro)
 
-    def targets_of_step(self) -> int:
-        """Trained tokens of the coming step, over all its micro-batches: what its loss is averaged over."""
+    def targets_of_step(self, later: int = 0) -> int:
+        """Trained tokens of that step, over all its micro-batches: what its loss is averaged over."""
         count = self.settings.gradient_accumulation_steps
-        return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro))
+        return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro, later))
 
     def update(self, loss: float) -> dict[str, float]:
         """Clips, steps (unless loss or gradient are not finite) and clears; returns the facts of the step."""

@@ -16,20 +16,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from veneer.data.chat import Example
 from veneer.errors import NonFiniteLossError, listed
-from veneer.model.losses import STREAM, cross_entropy, sequence_nll, streams_of, targets_of
-from veneer.model.packed import running
-from veneer.model.stream import EVEN, pack
+from veneer.model.losses import STREAM, sequence_nll, streams_of
+from veneer.train.feed import NOTHING, Feed
 from veneer.train.job import Job
 from veneer.train.memory import memory_explained
+from veneer.train.passes import Passes
 from veneer.train.ranks import ALONE, Ranks
 
 Record = Callable[[Job, dict], None]
 Save = Callable[[Sequence[Job]], object]
-
-# For a process without rows: where the base is sharded, all run a pass or none can. It trains nothing.
-NOTHING = Example((0,), (False,), -1, 0)
 
 
 def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save, ranks: Ranks = ALONE) -> None:
@@ -38,18 +34,19 @@ def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save, r
     Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
     with memory_explained(model, jobs, ranks):
-        _run(model, jobs, record, save, ranks)
+        _run(Feed(Passes(model), ranks), jobs, record, save)
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
         raise NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
 
 
-def _run(model: nn.Module, jobs: Sequence[Job], record: Record, save: Save, ranks: Ranks) -> None:
+def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save) -> None:
+    model, ranks = feed.passes.model, feed.ranks
     for job in jobs:
         if job.step == 0:
             _validate(model, job, record, ranks)
     while active := [job for job in jobs if not job.done]:
-        _step(model, active, record, ranks)
+        _step(feed, active, record)
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
                 _validate(model, job, record, ranks)
@@ -59,17 +56,14 @@ def _run(model: nn.Module, jobs: Sequence[Job], record: Record, save: Save, rank
         job.finish()
 
 
-def _step(model: nn.Module, jobs: Sequence[Job], record: Record, ranks: Ranks) -> None:
+def _step(feed: Feed, jobs: Sequence[Job], record: Record) -> None:
     """One optimiser step of every job. Jobs with fewer micro-batches than others wait for them."""
     started = time.perf_counter()
-    targets = {job.slot: job.targets_of_step() for job in jobs}
-    sums = {job.slot: [0.0, 0] for job in jobs}  # loss and tokens
-    for micro in range(max(job.settings.gradient_accumulation_steps for job in jobs)):
-        if here := [job for job in jobs if job.rows(micro)]:
-            _forward_backward(model, here, micro, targets, sums, ranks)
-    totals = ranks.sum_(torch.tensor([sums[job.slot] for job in jobs], dtype=torch.float64, device=_device(jobs)))
+    losses = feed.computed(jobs)  # a sum over the rows that this process computed, for each job
+    totals = feed.ranks.sum_(losses)
     for job, (loss, tokens) in zip(jobs, totals.tolist(), strict=True):
-        ranks.sum_(job.flat.grads_P)
+        feed.ranks.sum_(job.flat.grads_P)
+        targets = job.targets_of_step()
         facts = job.update(loss)
         if not (math.isfinite(loss) and math.isfinite(facts["grad_norm"])):
             job.failure = _failure(job, loss, facts)
@@ -83,35 +77,10 @@ def _step(model: nn.Module, jobs: Sequence[Job], record: Record, ranks: Ranks) -
                 "loss": loss,
                 **facts,
                 "tokens": int(tokens),
-                "targets": targets[job.slot],
+                "targets": targets,
                 "seconds": seconds,
             },
         )
-
-
-def _forward_backward(
-    model: nn.Module,
-    jobs: Sequence[Job],
-    micro: int,
-    targets: dict[str, int],
-    sums: dict[str, list],
-    ranks: Ranks,
-) -> None:
-    """Adds the gradients of this process's rows of a micro-batch, and to `sums` each job's share of loss and tokens."""
-    batches = [(job, example) for job in jobs for example in ranks.share(job.rows(micro))]
-    batches = batches or [(jobs[0], NOTHING)]
-    keys = {job.slot: key for job in jobs if (key := job.dropout_key(micro, ranks.rank)) is not None}
-    device = _device(jobs)
-    sequences, slots = [example.input_ids for _, example in batches], [job.slot for job, _ in batches]
-    stream = pack(sequences, slots, device, keys, share=True, multiple=EVEN)
-    weights_N = torch.tensor([1.0 / targets[job.slot] for job, _ in batches], device=device)
-    with running(model, stream):
-        sums_N, _ = cross_entropy(model, stream, targets_of(stream, [example.targets for _, example in batches]))
-        losses_N = sums_N * weights_N
-        losses_N.sum().backward()
-    for (job, example), loss in zip(batches, losses_N.detach().tolist(), strict=True):
-        sums[job.slot][0] += loss
-        sums[job.slot][1] += len(example.input_ids) if example is not NOTHING else 0
 
 
 def _validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:

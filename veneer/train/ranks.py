@@ -7,6 +7,7 @@ a process's number, not the width of an adapter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from veneer.errors import TrainingError, VeneerError
+from veneer.errors import ConfigError, TrainingError, VeneerError
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # one process may load from a slower disk than another
@@ -69,9 +70,8 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    _take_gpu()
     store, rank, world = next(dist.rendezvous("env://"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = Ranks(rank, world)
@@ -87,11 +87,23 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def _take_gpu() -> None:
+    """Makes the GPU of this process's number on its machine the one that "cuda" means."""
+    if not torch.cuda.is_available():
+        return
+    number, gpus = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))), torch.cuda.device_count()
+    if number >= gpus:
+        raise ConfigError(
+            f"process {number} of this machine has no GPU, torch sees {gpus}; next: torchrun --nproc-per-node {gpus}"
+        )
+    torch.cuda.set_device(number)
+
+
 def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
     """What to raise here after `error`: itself, or the failure of the process that took this one along."""
-    others = [rank for rank in range(ranks.world) if rank != ranks.rank and store.check([_key(rank)])]
-    if others and not isinstance(error, VeneerError):
-        ended: Exception = TrainingError(store.get(_key(others[0])).decode())
+    told = _told(store, ranks)
+    if told and not isinstance(error, VeneerError):
+        ended: Exception = TrainingError(told)
     elif "gloo/transport" in str(error) or isinstance(error, dist.DistError):
         ended = TrainingError(
             f"a process of this run ended without a word, perhaps killed for its memory ({str(error)[:200]}). "
@@ -99,7 +111,8 @@ def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
         )
     else:
         ended = error
-    _tell(store, ranks, ended)
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store may be the one that has gone
+        _tell(store, ranks, ended)
     _leave()
     if not ranks.is_main and isinstance(ended, VeneerError):
         ended.told_elsewhere = _heard(store)
@@ -109,6 +122,15 @@ def _ended(store: dist.Store, ranks: Ranks, error: Exception) -> Exception:
 def _tell(store: dist.Store, ranks: Ranks, error: Exception) -> None:
     kind = "" if isinstance(error, VeneerError) else f"{type(error).__name__}: "
     store.set(_key(ranks.rank), f"process {ranks.rank} of {ranks.world}: {kind}{error}")
+
+
+def _told(store: dist.Store, ranks: Ranks) -> str | None:
+    """What another process said of its failure, if one did."""
+    with contextlib.suppress(RuntimeError):
+        for rank in range(ranks.world):
+            if rank != ranks.rank and store.check([_key(rank)]):
+                return store.get(_key(rank)).decode()
+    return None
 
 
 def _leave() -> None:

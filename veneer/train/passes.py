@@ -1,0 +1,169 @@
+"""Forward and backward of a micro-batch; on a GPU as one CUDA graph, where its shape comes back.
+
+Legend: T tokens, M targets, N sequences, S segments.
+
+Launching a layer's hundred kernels from Python takes about as long as computing it at 4,096 tokens. A graph is
+launched as one. It computes on the same memory each time, so every pass of a shape is copied into the tensors of the
+first: streams are rounded up to few shapes, and what fills them up weighs nothing. What a graph cannot hold (several
+slots, dropout, sequences that share their beginnings, a sharded base) is launched kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.model.attention import Varlen, varlen_of
+from veneer.model.losses import Targets, cross_entropy, targets_of
+from veneer.model.packed import running
+from veneer.model.stream import EVEN, Span, Stream, pack
+
+GRAPHS = 8  # shapes that are kept; each holds some megabytes beside the memory that all share
+SEEN = 2  # passes of a shape before it is recorded: kernels are compiled and chosen in the first
+SAVES = 0.1  # sharing beginnings goes before a graph where it spares at least this share of the tokens
+
+
+class Pass(NamedTuple):
+    """One micro-batch, ready to be computed: the loss is Σ over sequences of weight · their sum of cross-entropies."""
+
+    stream: Stream
+    targets: Targets
+    weights_N: Tensor
+
+
+class Shape(NamedTuple):
+    """What two passes have in common that one graph can compute."""
+
+    slot: str
+    tokens: int
+    targets: int
+    sequences: int
+    segments: int
+    longest: int
+    equal: int
+
+
+class Passes:
+    """Computes passes, and remembers the shapes it has seen."""
+
+    def __init__(self, model: nn.Module, graphs: bool = False) -> None:
+        self.model, self.graphs = model, graphs
+        self.seen: dict[Shape, int] = {}
+        self.recorded: dict[Shape, Recorded] = {}
+
+    def ready(
+        self,
+        sequences: Sequence[Sequence[int]],
+        trained: Sequence[Sequence[bool]],
+        weights: Sequence[float],
+        slots: Sequence[str],
+        device: torch.device,
+        dropout_keys: dict[str, int],
+    ) -> Pass:
+        """Packs a micro-batch. It is rounded up to a shape that may come back where graphs are recorded."""
+        tokens = sum(map(len, sequences))
+        stream = pack(sequences, slots, device, dropout_keys, share=True, multiple=EVEN)
+        if self.graphs and len(stream.token_ids_T) > (1 - SAVES) * tokens:
+            stream = pack(sequences, slots, device, dropout_keys, multiple=grain(tokens))
+        return Pass(stream, targets_of(stream, trained), torch.tensor(weights, device=device))
+
+    def __call__(self, ready: Pass) -> Tensor:
+        """Adds the gradients to the adapters'; returns each sequence's weighted loss (N)."""
+        shape = shape_of(ready) if self.graphs else None
+        if shape is None:
+            return computed(self.model, ready)
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if shape not in self.recorded and SEEN < self.seen[shape] and len(self.recorded) < GRAPHS:
+            self.recorded[shape] = Recorded(self.model, shape, ready)
+        recorded = self.recorded.get(shape)
+        return computed(self.model, ready) if recorded is None else recorded(ready)
+
+
+def computed(model: nn.Module, ready: Pass) -> Tensor:
+    """A pass launched kernel by kernel."""
+    with running(model, ready.stream):
+        sums_N, _ = cross_entropy(model, ready.stream, ready.targets)
+        losses_N = sums_N * ready.weights_N
+        losses_N.sum().backward()
+    return losses_N.detach()
+
+
+def grain(tokens: int) -> int:
+    """What a stream's length is rounded up to a multiple of: at most a sixteenth of it."""
+    return max(EVEN, 1 << max(0, tokens.bit_length() - 5))
+
+
+def shape_of(ready: Pass) -> Shape | None:
+    """The shape that holds this pass, rounded up; None where a graph cannot."""
+    stream = ready.stream
+    (span, *others) = stream.spans or (None,)
+    tokens = len(stream.token_ids_T)
+    if span is None or others or span.slot in stream.dropout_keys or stream.branches:
+        return None
+    if (span.start, span.stop, span.weight) != (0, tokens, 1.0):
+        return None
+    plan, sequences = varlen_of(stream), len(stream.sequences)
+    if plan.equal:
+        # Every segment has a place of its own in the kernel's grid: as many as there are.
+        return Shape(span.slot, tokens, _up(len(ready.targets.rows_M)), sequences, sequences, plan.longest, plan.equal)
+    segments, longest = _power(len(stream.lengths)), min(tokens, _power(plan.longest))
+    return Shape(span.slot, tokens, _up(len(ready.targets.rows_M)), _power(sequences), segments, longest, 0)
+
+
+def _up(targets: int) -> int:
+    step = grain(targets)
+    return -(-targets // step) * step
+
+
+def _power(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+class Recorded:
+    """A shape's graph and the tensors that it reads."""
+
+    pool: tuple[int, int] | None = None  # the memory of all graphs: one runs at a time
+
+    def __init__(self, model: nn.Module, shape: Shape, first: Pass) -> None:
+        self.here = buffers(shape, first.stream.token_ids_T.device)
+        fill(self.here, first)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=Recorded.pool):  # records, and computes nothing yet
+            self.losses_N = computed(model, self.here)
+        Recorded.pool = self.graph.pool()
+
+    def __call__(self, ready: Pass) -> Tensor:
+        fill(self.here, ready)
+        self.graph.replay()
+        return self.losses_N[: len(ready.weights_N)].clone()
+
+
+def buffers(shape: Shape, device: torch.device) -> Pass:
+    """A pass of this shape to copy others into."""
+    ids = torch.zeros(shape.tokens, dtype=torch.int64, device=device)
+    lengths = (shape.equal,) * shape.segments if shape.equal else (shape.tokens, *(0,) * (shape.segments - 1))
+    span = Span(0, shape.tokens, shape.slot)
+    stream = Stream(ids, torch.zeros_like(ids), lengths, (span,), last=tuple(range(shape.sequences + 1)))
+    starts = torch.zeros(shape.segments + 1, dtype=torch.int32, device=device)
+    stream.plans["varlen"] = Varlen(starts, starts, shape.longest, shape.longest, shape.equal, None)
+    targets = Targets(*torch.zeros(3, shape.targets, dtype=torch.int64, device=device))
+    return Pass(stream, targets, torch.zeros(shape.sequences + 1, device=device))
+
+
+def fill(here: Pass, ready: Pass) -> None:
+    """Copies a pass into buffers of its shape; targets beyond its own belong to a sequence that weighs nothing."""
+    here.stream.token_ids_T.copy_(ready.stream.token_ids_T)
+    here.stream.positions_T.copy_(ready.stream.positions_T)
+    tokens, starts = len(ready.stream.token_ids_T), varlen_of(ready.stream).starts
+    held = varlen_of(here.stream).starts
+    held[: len(starts)].copy_(starts)
+    held[len(starts) :].fill_(tokens)
+    count, nobody = len(ready.targets.rows_M), len(here.weights_N) - 1
+    for buffer, value, rest in zip(here.targets, ready.targets, (0, 0, nobody), strict=True):
+        buffer[:count].copy_(value)
+        buffer[count:].fill_(rest)
+    here.weights_N[: len(ready.weights_N)].copy_(ready.weights_N)
+    here.weights_N[len(ready.weights_N) :].zero_()
