@@ -213,7 +213,7 @@ def test_sequence_nll_is_that_of_the_models_own_logits(adapted, rows, slot, most
 
 @given(rows=rows(), most=st.integers(1, 40))
 def test_streams_hold_neighbours_while_they_fit(rows, most):
-    groups = losses._groups(rows, most)
+    groups = list(losses.streams_of(rows, most))
     assert [row for group in groups for row in group] == rows
     for group in groups:
         assert len(group) == 1 or sum(len(row.input_ids) for row in group) <= most

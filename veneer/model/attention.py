@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,21 +86,33 @@ def _cudnn_is_fastest(device: int) -> bool:
 
 def varlen_of(stream: Stream) -> Varlen:
     """The stream's plan, made at the first question: before a compiled layer asks, which cannot make one."""
-    return stream.plans.get("varlen") or stream.plans.setdefault("varlen", Varlen(stream))
+    if "varlen" not in stream.plans:
+        stream.plans["varlen"] = varlen_plan(stream)
+    return stream.plans["varlen"]
 
 
-class Varlen:
-    """What the varlen kernel asks for: int32 starts of queries and keys, and which rows the keys are."""
+class Varlen(NamedTuple):
+    """What the varlen kernel asks for."""
 
-    def __init__(self, stream: Stream) -> None:
-        device = stream.token_ids_T.device
-        self.starts = torch.tensor(stream.starts, dtype=torch.int32, device=device)
-        self.key_starts = torch.tensor(running_sums(stream.seen), dtype=torch.int32, device=device)
-        self.longest, self.longest_keys = max(stream.lengths), max(stream.seen)
-        alike = len(set(stream.lengths)) == 1 and not stream.branches
-        self.equal = self.longest if alike else 0  # the length of every segment; 0: they differ
-        rows = [row for segment in range(len(stream.lengths)) for row in stream.rows_of(segment)]
-        self.keys = torch.tensor(rows, device=device) if stream.branches else None  # None: the stream's own rows
+    starts: Tensor  # (S + 1) int32, of each segment's queries
+    key_starts: Tensor  # (S + 1) int32, of its keys
+    longest: int  # queries of a segment, at most
+    longest_keys: int
+    equal: int  # the length of every segment; 0: they differ, or see others' keys
+    keys: Tensor | None  # which rows the keys are; None: the stream's own
+
+
+def varlen_plan(stream: Stream) -> Varlen:
+    device = stream.token_ids_T.device
+    starts, key_starts = (
+        torch.tensor(sums, dtype=torch.int32, device=device) for sums in (stream.starts, running_sums(stream.seen))
+    )
+    longest, longest_keys = max(stream.lengths), max(stream.seen)
+    if not stream.branches:
+        equal = longest if len(set(stream.lengths)) == 1 else 0
+        return Varlen(starts, key_starts, longest, longest_keys, equal, None)
+    rows = [row for segment in range(len(stream.lengths)) for row in stream.rows_of(segment)]
+    return Varlen(starts, key_starts, longest, longest_keys, 0, torch.tensor(rows, device=device))
 
 
 def _repeated(x_KTD: Tensor, q_HTD: Tensor) -> Tensor:

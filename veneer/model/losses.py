@@ -7,9 +7,8 @@ Logits exist only for rows that have a target, and only a chunk of them at a tim
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ LOSSES: dict[str, str] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Targets:
+class Targets(NamedTuple):
     """What is to be predicted where: row rows_M of the stream predicts token tokens_M for sequence sequences_M."""
 
     rows_M: Tensor

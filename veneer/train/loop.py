@@ -28,13 +28,22 @@ Record = Callable[[Job, dict], None]
 Save = Callable[[Sequence[Job]], object]
 
 
-def loop(model: nn.Module, jobs: Sequence[Job], *, record: Record, save: Save, ranks: Ranks = ALONE) -> None:
+def loop(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    *,
+    record: Record,
+    save: Save,
+    ranks: Ranks = ALONE,
+    graphs: bool = False,
+) -> None:
     """Trains all jobs to their end. `record` gets the facts of every step and validation, `save` asks for a checkpoint.
 
+    graphs: on a GPU, passes whose shape comes back run as CUDA graphs (`veneer.train.passes`).
     Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
     with memory_explained(model, jobs, ranks):
-        _run(Feed(Passes(model), ranks), jobs, record, save)
+        _run(Feed(Passes(model, graphs), ranks), jobs, record, save)
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
         raise NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])

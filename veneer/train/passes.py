@@ -76,7 +76,7 @@ class Passes:
         if shape is None:
             return computed(self.model, ready)
         self.seen[shape] = self.seen.get(shape, 0) + 1
-        if shape not in self.recorded and SEEN < self.seen[shape] and len(self.recorded) < GRAPHS:
+        if shape not in self.recorded and self.seen[shape] > SEEN and len(self.recorded) < GRAPHS:
             self.recorded[shape] = Recorded(self.model, shape, ready)
         recorded = self.recorded.get(shape)
         return computed(self.model, ready) if recorded is None else recorded(ready)
