@@ -88,8 +88,11 @@ class FP8(Quantised):
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         return dequantise_rows(self.weight, self.scale, dtype or self.dtype)
 
-    def matmul(self, x_TI: Tensor) -> Tensor:
-        return _product(x_TI, self.weight, self.scale) if self._in_fp8(x_TI) else super().matmul(x_TI)
+    def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
+        if not self._in_fp8(x_TI):
+            return super().matmul(x_TI, into)
+        product_TO = _product(x_TI, self.weight, self.scale)
+        return product_TO if into is None else into.add_(product_TO)
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
         if self.weight_t is None or not self._in_fp8(g_TO):
