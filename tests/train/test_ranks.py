@@ -208,15 +208,15 @@ def test_one_process_has_nobody_to_share_the_base_with(options: Options) -> None
 # The second process fails in its third step; the first waits for it in a sum.
 FAILING = """
 import os, sys
-import veneer.train.loop as loop
+import veneer.train.passes as passes
 from veneer.cli.__main__ import main
-before, seen = loop.cross_entropy, []
+before, seen = passes.cross_entropy, []
 def failing(*given):
     seen.append(1)
     if os.environ["RANK"] == "1" and len(seen) == 3:
         raise MemoryError("no room")
     return before(*given)
-loop.cross_entropy = failing
+passes.cross_entropy = failing
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -234,7 +234,7 @@ def test_a_process_that_fails_ends_the_run(options: Options, tmp_path: Path) -> 
 
 # Three groups of processes, one after the other, each ended by a failure.
 ENDING = """
-import json, os, torch
+import json, os, time, torch
 from veneer.errors import DataError, TrainingError
 from veneer.train.ranks import joined
 port = int(os.environ["MASTER_PORT"])
@@ -249,6 +249,7 @@ for number, fail in enumerate((both, bug, killed)):
             ranks.sum_(torch.ones(1))
     except Exception as error:
         print(json.dumps([type(error).__name__, str(error), getattr(error, "told_elsewhere", None)]), flush=True)
+        time.sleep(1)  # the first process keeps the store that the other asks; under torchrun, torchrun does
 """
 
 
