@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,16 @@ def test_a_missing_file_is_told_before_a_model_is_loaded(veneer: Any, model: Any
     assert answer.code == 2
     assert "no.jsonl" in answer.err
     assert "a library that prints" not in answer.err
+
+
+def test_the_base_is_loaded_as_asked(veneer: Any, model: Any) -> None:
+    veneer("generate", "hello", "--base-model", "smollm2")
+    assert model.storage == "dense"
+    veneer("generate", "hello", "--base-model", "smollm2", "--load-in-4bit", "--double-quant")
+    assert model.storage == "nf4-dq"
+
+
+def test_an_adapter_of_another_storage_is_told_of(veneer: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = sys.modules["veneer.adapter.attach"]
+    monkeypatch.setattr(stand_in, "storage_note", lambda adapter, storage, name: f"{name} beside {storage}")
+    assert "note: adapter beside dense auto\n" in veneer("generate", "hello", "--adapter", "out/a").err

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from veneer.model.saving import saves_as
 from veneer.model.shards import Shards
 from veneer.model.skeleton import Hollow, hollows, skeleton_config
 from veneer.model.source import Source
-from veneer.model.sources import checkpoint_files
 from veneer.model.swap import linear_paths, place, place_leaf
 
 
@@ -73,23 +73,24 @@ def read_quantised(source: Source, way: Way, progress: bool) -> PreTrainedModel:
             model = read_model(source, way.dtype)
         _encode(model, way, progress)
     else:
-        model, told = _skeleton(source, way)
-        shards = Shards(checkpoint_files(source.place, getattr(model.config, "_commit_hash", None)))
+        model, told, files = _skeleton(source, way)
+        shards = Shards(files)
         apart = _fill(source, model, shards, way, progress, told)
         check_complete(source, told, apart)
     saves_as(model, way.storage, way.dtype)
     return model.eval()
 
 
-def _skeleton(source: Source, way: Way) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _skeleton(source: Source, way: Way) -> tuple[PreTrainedModel, dict[str, Any], list[Path]]:
     with quiet():
         config = read_config(source)
         if way.packed:
             del config.quantization_config
         options = {"config": config, "quantization_config": skeleton_config(), "use_safetensors": True}
         model, told = from_pretrained(source, dtype=way.dtype, **options)
+    files = model.hf_quantizer.files
     forget_quantiser(model)
-    return model, told
+    return model, told, files
 
 
 def _fill(source: Source, model: nn.Module, shards: Shards, way: Way, progress: bool, told: dict[str, Any]) -> set[str]:

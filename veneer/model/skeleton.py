@@ -7,6 +7,8 @@ only the step "the model is made, nothing is loaded yet" is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -35,13 +37,17 @@ class SkeletonConfig(QuantizationConfigMixin):
 
 
 class Skeleton(HfQuantizer):
-    """Takes the linear layers out of a model that was just made."""
+    """Takes the linear layers out of a model that was just made, and notes which files it is loaded from."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = False
+        self.files: list[Path] = []
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        self.files = [Path(file) for file in checkpoint_files or ()]
         for path in linear_paths(model):
             linear = model.get_submodule(path)
             if type(linear) is nn.Linear:  # a family's own kind keeps its own arithmetic

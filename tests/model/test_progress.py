@@ -1,0 +1,39 @@
+"""The bar of a long load: on a terminal only, after a moment only, and never between the caller and its items."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from veneer.model import progress
+from veneer.model.progress import shown
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=out, force_terminal=True, width=80))
+    return out
+
+
+def test_a_long_load_is_shown(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    assert list(shown([1, 2, 3], "reading m as nf4", True)) == [1, 2, 3]
+    assert "reading m as nf4" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("wanted", "patience"), [(True, 60.0), (False, -1.0)])
+def test_a_short_one_and_one_that_is_not_to_be_are_not(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch, wanted: bool, patience: float
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    assert list(shown(["a"], "reading", wanted)) == ["a"]
+    assert terminal.getvalue() == ""
+
+
+def test_nothing_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    assert list(shown([1], "reading", True)) == [1]
+    assert capfd.readouterr() == ("", "")
