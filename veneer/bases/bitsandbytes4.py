@@ -8,6 +8,7 @@ as JSON in UTF-8 in a uint8 tensor.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -48,25 +49,38 @@ def faults_of(state: dict[str, Tensor], base: Base, nested: bool) -> list[str]:
         others = [key for key in state if key.startswith("weight.quant_state.")]
         return [f"{STATE}: got {', '.join(others) or 'nothing'}; wanted a weight that bitsandbytes stored as nf4"]
     settings = _settings(state[STATE])
+    if settings is None:
+        return [f"{STATE}: not a JSON object; wanted the settings as UTF-8 in a uint8 tensor"]
+    faults = _setting_faults(settings, base, nested)
+    if nested and not faults:
+        state[OFFSET] = torch.tensor([settings["nested_offset"]], device=state["weight"].device)
+    levels = state.get(LEVELS_KEY)
+    if levels is not None and not _same_levels(levels):
+        faults.append(f"{LEVELS_KEY}: not the 16 levels of NF4")
+    return faults
+
+
+def _setting_faults(settings: dict[str, Any], base: Base, nested: bool) -> list[str]:
     wanted = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [base.out_features, base.in_features]}
-    if nested:
+    doubled = "nested_offset" in settings
+    if doubled and nested:
         wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
     faults = [
         f"{STATE}: {name} {settings.get(name)}, wanted {value}"
         for name, value in wanted.items()
         if settings.get(name) != value
     ]
-    doubled = "nested_offset" in settings
     if doubled and not nested:
         faults.append(f"{STATE}: double quantisation, which is the storage nf4-dq")
     elif nested and not doubled:
         faults.append(f"{STATE}: no double quantisation, which is the storage nf4")
-    elif nested:
-        state[OFFSET] = torch.tensor([float(settings["nested_offset"])], device=state["weight"].device)
-    levels = state.get(LEVELS_KEY)
-    if levels is not None and not _same_levels(levels):
-        faults.append(f"{LEVELS_KEY}: not the 16 levels of NF4")
+    elif nested and not _finite(settings["nested_offset"]):
+        faults.append(f"{STATE}: nested_offset {settings['nested_offset']}, wanted a finite number")
     return faults
+
+
+def _finite(number: Any) -> bool:
+    return isinstance(number, (int, float)) and math.isfinite(number)
 
 
 def _codes(stored: Tensor, held: Tensor) -> Tensor:
@@ -75,12 +89,12 @@ def _codes(stored: Tensor, held: Tensor) -> Tensor:
     return stored.view(-1).view(torch.uint8).view(held.shape)
 
 
-def _settings(text: Tensor) -> dict[str, Any]:
+def _settings(text: Tensor) -> dict[str, Any] | None:
     try:
         settings = json.loads(bytes(text.tolist()).decode())
     except (ValueError, TypeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def _same_levels(levels: Tensor) -> bool:

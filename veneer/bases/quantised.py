@@ -87,11 +87,9 @@ class Quantised(Base):
         faults = self.faults_of(state) if "weight" in state else []
         held = {name: value for name, value in self._parameters.items() if value is not None}
         wanted = {self.keys.get(name, name): name for name in held if name not in self.unsaved}
-        faults += [
-            f"{key}: got {_kind(state[key])}, wanted {_kind(held[name])}"
-            for key, name in wanted.items()
-            if key in state and not _fits(state[key], held[name], cast=name == "bias")
-        ]
+        for key, name in wanted.items():
+            if key in state:
+                faults += [f"{key}: {fault}" for fault in _value_faults(state[key], held[name], name == "bias")]
         if faults:
             raise ModelError(listed(f"{prefix.rstrip('.') or 'layer'}: not a weight stored as {self.storage}", faults))
         missing_keys += [prefix + key for key in wanted if key not in state]
@@ -127,5 +125,9 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _fits(got: Tensor, held: Tensor, cast: bool) -> bool:
-    return got.shape == held.shape and (got.dtype == held.dtype or (cast and got.is_floating_point()))
+def _value_faults(got: Tensor, held: Tensor, bias: bool) -> list[str]:
+    """What is wrong with one tensor of a checkpoint; a bias may come in any float dtype, and be what it is."""
+    if got.shape != held.shape or not (got.dtype == held.dtype or (bias and got.is_floating_point())):
+        return [f"got {_kind(got)}, wanted {_kind(held)}"]
+    checked = got.is_floating_point() and got.element_size() > 1 and not (bias or got.is_meta)
+    return ["holds NaN or infinity"] if checked and not got.isfinite().all() else []
