@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -54,20 +53,20 @@ def dequantise_4bit_triton(
 
 @triton.jit
 def _decode(
-    packed_ptr: Any,
-    absmax_ptr: Any,
-    levels_ptr: Any,
-    nested_absmax_ptr: Any,
-    nested_values_ptr: Any,
-    offset_ptr: Any,
-    out_ptr: Any,
-    pairs: Any,
-    count: Any,
+    packed_ptr,
+    absmax_ptr,
+    levels_ptr,
+    nested_absmax_ptr,
+    nested_values_ptr,
+    offset_ptr,
+    out_ptr,
+    pairs,
+    count,
     NESTED: tl.constexpr,
     BLOCK_OF: tl.constexpr,
     NESTED_OF: tl.constexpr,
     PAIRS: tl.constexpr,
-) -> None:
+):
     # Offsets of a program are 64 bits wide, those within it 32.
     program = tl.program_id(0)
     first = program.to(tl.int64) * PAIRS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +54,7 @@ def dequantise_rows_triton(
 
 
 @triton.jit
-def _scale(codes_ptr: Any, scale_ptr: Any, out_ptr: Any, columns: Any, WIDTH: tl.constexpr) -> None:
+def _scale(codes_ptr, scale_ptr, out_ptr, columns, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     here = row * columns + column
@@ -67,16 +65,16 @@ def _scale(codes_ptr: Any, scale_ptr: Any, out_ptr: Any, columns: Any, WIDTH: tl
 
 @triton.jit
 def _quantise(
-    x_ptr: Any,
-    x_stride: Any,
-    codes_ptr: Any,
-    scale_ptr: Any,
-    columns: Any,
+    x_ptr,
+    x_stride,
+    codes_ptr,
+    scale_ptr,
+    columns,
     TIMES: tl.constexpr,
     WIDTH: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     x_ptr += row * x_stride

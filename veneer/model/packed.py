@@ -56,7 +56,7 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }
     before = [(config, config._attn_implementation) for config in configs.values()]
-    wiring.stream, wiring.whole = stream, _whole(stream)
+    wiring.stream, wiring.whole = stream, whole(stream)
     if stream.token_ids_T.is_cuda:
         varlen_of(stream)
     try:
@@ -70,11 +70,12 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
             config._attn_implementation = attention
 
 
-def _whole(stream: Stream) -> str | None:
+def whole(stream: Stream) -> str | None:
     """The slot that speaks over all rows, alone and without dropout; None where it is not as simple as that."""
-    (span, *others) = stream.spans or (None,)
-    simple = span is not None and not others and (span.start, span.stop, span.weight) == (0, len(stream.token_ids_T), 1)
-    return span.slot if simple and span.slot not in stream.dropout_keys else None
+    if len(stream.spans) != 1 or stream.spans[0].slot in stream.dropout_keys:
+        return None
+    span = stream.spans[0]
+    return span.slot if (span.start, span.stop, span.weight) == (0, len(stream.token_ids_T), 1.0) else None
 
 
 def hidden_states(model: nn.Module) -> Tensor:

@@ -29,7 +29,7 @@ _next = count()
 
 
 def numbered(leaf: Leaf) -> Tensor:
-    """A number for the leaf, as the tensor that a compiled layer takes: as an int, each layer would be compiled anew."""
+    """A number for the leaf, as a tensor: by an int, each layer would be compiled anew."""
     number = next(_next)
     _NUMBERED[number] = leaf
     return torch.tensor(number)

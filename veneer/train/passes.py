@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.model.attention import Varlen, varlen_of
 from veneer.model.losses import Targets, cross_entropy, targets_of
-from veneer.model.packed import running
+from veneer.model.packed import running, whole
 from veneer.model.stream import EVEN, Span, Stream, pack
 
 GRAPHS = 8  # shapes that are kept; each holds some megabytes beside the memory that all share
@@ -99,18 +99,15 @@ def grain(tokens: int) -> int:
 def shape_of(ready: Pass) -> Shape | None:
     """The shape that holds this pass, rounded up; None where a graph cannot."""
     stream = ready.stream
-    (span, *others) = stream.spans or (None,)
-    tokens = len(stream.token_ids_T)
-    if span is None or others or span.slot in stream.dropout_keys or stream.branches:
-        return None
-    if (span.start, span.stop, span.weight) != (0, tokens, 1.0):
+    slot, tokens = whole(stream), len(stream.token_ids_T)
+    if slot is None or stream.branches:
         return None
     plan, sequences = varlen_of(stream), len(stream.sequences)
     if plan.equal:
         # Every segment has a place of its own in the kernel's grid: as many as there are.
-        return Shape(span.slot, tokens, _up(len(ready.targets.rows_M)), sequences, sequences, plan.longest, plan.equal)
+        return Shape(slot, tokens, _up(len(ready.targets.rows_M)), sequences, sequences, plan.longest, plan.equal)
     segments, longest = _power(len(stream.lengths)), min(tokens, _power(plan.longest))
-    return Shape(span.slot, tokens, _up(len(ready.targets.rows_M)), _power(sequences), segments, longest, 0)
+    return Shape(slot, tokens, _up(len(ready.targets.rows_M)), _power(sequences), segments, longest, 0)
 
 
 def _up(targets: int) -> int:
