@@ -234,9 +234,16 @@ def test_a_process_that_fails_ends_the_run(options: Options, tmp_path: Path) -> 
 
 # Three groups of processes, one after the other, each ended by a failure.
 ENDING = """
-import json, os, time, torch
+import json, os, torch
+import torch.distributed as dist
 from veneer.errors import DataError, TrainingError
 from veneer.train.ranks import joined
+kept, rendezvous = [], dist.rendezvous
+def keeping(url):
+    # The first process keeps the store that the other asks for a moment more; under torchrun, torchrun does.
+    kept.append(next(rendezvous(url)))
+    yield kept[-1]
+dist.rendezvous = keeping
 port = int(os.environ["MASTER_PORT"])
 def both(rank): raise DataError("no file")
 def bug(rank): return rank == 1 and {}["a bug"]
@@ -249,7 +256,6 @@ for number, fail in enumerate((both, bug, killed)):
             ranks.sum_(torch.ones(1))
     except Exception as error:
         print(json.dumps([type(error).__name__, str(error), getattr(error, "told_elsewhere", None)]), flush=True)
-        time.sleep(1)  # the first process keeps the store that the other asks; under torchrun, torchrun does
 """
 
 

@@ -73,9 +73,10 @@ def joined() -> Iterator[Ranks]:
     _take_gpu()
     store, rank, world = next(dist.rendezvous("env://"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     ranks = Ranks(rank, world)
     try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        ranks.barrier()  # so that none has failed and gone while another is still connecting
         yield ranks
     except Exception as error:
         ended = _ended(store, ranks, error)
@@ -135,6 +136,8 @@ def _told(store: dist.Store, ranks: Ranks) -> str | None:
 
 def _leave() -> None:
     """Breaks the connection that the others wait on, so that they fail now and not when their patience ends."""
+    if not dist.is_initialized():
+        return
     if dist.get_backend() == "nccl":
         dist.group.WORLD.abort()  # to destroy it would wait for what is under way
     else:
