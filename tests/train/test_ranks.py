@@ -72,12 +72,12 @@ STORAGES = {
     "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
     "int8": {"load_in_8bit": True},
 }
-SHARDED = {"fsdp": True, "max_steps": 4}
+SHARDED = {"fsdp": True, "max_steps": 3}
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
     "resumed": {},
     "few rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4},
-    "sharded": {"fsdp": True},
+    "sharded": SHARDED,
     "sharded, few rows": {**SHARDED, "per_device_train_batch_size": 1},
     "sharded, recomputed": {**SHARDED, "gradient_checkpointing": True},
     "sharded, by delta": {**SHARDED, "lora_dropout": 1e-7},
