@@ -109,7 +109,7 @@ def _start(script: list[str], rank: int, port: int) -> subprocess.Popen:
     )
 
 
-def _pair(*scripts: list[str], seconds: float = 120) -> list[tuple[int, str, str]]:
+def _pair(*scripts: list[str], seconds: float = 240) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of two processes that run together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -225,7 +225,7 @@ def test_a_process_that_fails_ends_the_run(options: Options, tmp_path: Path) -> 
     given = {**options("whole", "two"), "output_dir": str(tmp_path / "out")}
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     script = ["-c", FAILING, "train", *words, "--no-progress"]
-    [main, other] = _pair(script, script, seconds=60)
+    [main, other] = _pair(script, script)
     assert (main[0], other[0]) == (2, 2), main[2]
     assert "process 1 of 2: out of memory: no room" in main[2]
     assert "out of memory" not in other[2], "told twice"
@@ -261,7 +261,7 @@ for number, fail in enumerate((both, bug, killed)):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_how_a_failure_reaches_the_others() -> None:
-    [main, other] = _pair(["-c", ENDING], ["-c", ENDING], seconds=60)
+    [main, other] = _pair(["-c", ENDING], ["-c", ENDING])
     told = [[json.loads(line) for line in said.splitlines()] for _, said, _ in (main, other)]
     assert (main[0], other[0]) == (0, -signal.SIGKILL), main[2] + other[2]
     assert told[1] == [["DataError", "no file", True], ["KeyError", "'a bug'", None]]
