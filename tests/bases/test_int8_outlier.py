@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from veneer.bases.int8 import Int8, Int8Outlier, outlier_columns
@@ -53,3 +55,15 @@ def test_how_many_there_are_is_the_checkpoints_to_say():
         held.load_state_dict(given.state_dict())
         assert torch.equal(held.dense(), given.dense())
         assert held.state_dict().keys() == given.state_dict().keys()
+
+
+def test_products_casts_and_compiled_graphs_know_the_columns():
+    w_OI, x_TI = weight({7: 30.0, 9: 30.0}).bfloat16(), torch.randn(3, 512)
+    base = Int8Outlier.from_weight(w_OI)
+    torch.testing.assert_close(base.matmul(x_TI), x_TI @ base.dense().t(), rtol=1e-4, atol=1e-3)
+    held = base.dense()
+    cast = copy.deepcopy(base).half()
+    assert cast.outliers.dtype == torch.bfloat16 and cast.columns.dtype == torch.int64 and cast.dtype == torch.float16
+    assert torch.equal(cast.dense(), held)
+    assert torch.equal(torch.compile(lambda: base.decode(), fullgraph=True, backend="aot_eager")(), base.decode())
+    assert torch.equal(base.packed(held)._parameters["columns"], base.columns)

@@ -84,10 +84,15 @@ def test_both_products_are_those_of_the_dense_weight(name, dtype, outside, insid
     near(base.matmul(x_TI), x_TI, w_OI.t(), x_TI.double() @ w_OI.double().t(), dtype)
     near(base.matmul_t(g_TO), g_TO, w_OI, g_TO.double() @ w_OI.double(), dtype)
     held_TI = torch.randn(tokens, inside, generator=generator).to(dtype)
-    into_TI = held_TI.clone()
-    assert base.matmul_t(g_TO, into_TI) is into_TI
-    left, right = torch.cat([held_TI, g_TO], 1), torch.cat([torch.eye(inside), w_OI])  # held + g W as one product
-    near(into_TI, left, right, left.double() @ right.double(), dtype)
+    held_TO = torch.randn(tokens, outside, generator=generator).to(dtype)
+    for product, rows, held, w in ((base.matmul_t, g_TO, held_TI, w_OI), (base.matmul, x_TI, held_TO, w_OI.t())):
+        into = held.clone()
+        assert product(rows, into) is into
+        left, right = (
+            torch.cat([held, rows], 1),
+            torch.cat([torch.eye(w.shape[1]), w]),
+        )  # held + rows · w as one product
+        near(into, left, right, left.double() @ right.double(), dtype)
 
 
 @pytest.mark.parametrize("name", BASES)
