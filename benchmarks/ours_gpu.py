@@ -45,7 +45,7 @@ def built(spec: Spec, device: str) -> Any:
     model = fresh(spec.shape, device, each=each, sequence=spec.sequence).eval()
     prepare(model)
     attach(model, LoraSettings(r=spec.rank, lora_alpha=spec.alpha), SLOT, seed=0)
-    arrange(model, compiled=spec.compile, recomputed=recomputed_layers(spec.recompute))
+    arrange(model, compiled=spec.compile, recompute=recomputed_layers(spec.recompute))
     return model
 
 

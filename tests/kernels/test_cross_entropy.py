@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from veneer.kernels.cross_entropy import cross_entropy_reference_
 
-# nll: sums in float32. Gradient: exp(x - logsumexp) of numbers up to 40, known to half a unit in their last place (2e-6),
-# and one rounding to the logits' dtype of a number up to 1.
+# nll: sums in float32. Gradient: exp(x - logsumexp) of numbers up to 40, which are known to 2e-6 (half a last place),
+# and one rounding of a number up to 1 to the logits' dtype.
 GRADIENT = {torch.float32: 2**-17, torch.bfloat16: 2**-8}
 
 

@@ -54,7 +54,9 @@ def _entry(left: str, right: str, width: int) -> Iterator[str]:
 
 def _left(option: Option) -> str:
     name = option.name.replace("_", "-")
-    return f"--[no-]{name}" if option.kind == "flag" else f"--{name} {option.metavar}"
+    if option.kind != "flag":
+        return f"--{name} {option.metavar}"
+    return f"--[no-]{name} [{'|'.join(option.words)}]" if option.words else f"--[no-]{name}"
 
 
 def _right(option: Option) -> str:

@@ -94,8 +94,10 @@ class _Line:
         positive = name.removeprefix("no_")
         negated = name not in self.known and positive != name and self._is_flag(positive)
         if self._is_flag(positive if negated else name):
-            text = value if equals else words.popleft() if words and words[0].lower() in _YES_NO else "true"
-            self._flag(positive if negated else name, text, negated)
+            flag = positive if negated else name
+            follows = words and words[0].lower() in _YES_NO.union(() if negated else self._words(flag))
+            text = value if equals else words.popleft() if follows else "true"
+            self._flag(flag, text, negated)
         elif equals or (words and not words[0].startswith("--")):
             self._set(name, value if equals else words.popleft())
         else:
@@ -103,8 +105,11 @@ class _Line:
 
     def _flag(self, name: str, text: str, negated: bool) -> None:
         on = (text.lower() in ("true", "yes", "on", "1")) != negated
-        if text.lower() not in _YES_NO | {"0", "1"}:
-            self.faults.append(f"{kebab(name)}: got {text}, wanted true or false")
+        if text.lower() in self._words(name) and not negated:
+            self._set(name, text.lower())
+        elif text.lower() not in _YES_NO | {"0", "1"}:
+            wanted = " or ".join(("true", "false", *self._words(name)))
+            self.faults.append(f"{kebab(name)}: got {text}, wanted {wanted}")
         elif name in self.known:
             self._set(name, str(on).lower())
         else:
@@ -133,6 +138,10 @@ class _Line:
     def _is_flag(self, name: str) -> bool:
         option: Option | None = self.known.get(name)
         return option.kind == "flag" if option else name in self.command.all_switches
+
+    def _words(self, name: str) -> tuple[str, ...]:
+        option: Option | None = self.known.get(name)
+        return option.words if option else ()
 
     def _unknown(self, name: str) -> str:
         return unknown(self.command.settings, name, kebab, self.command.all_switches)

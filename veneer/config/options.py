@@ -33,6 +33,7 @@ class Option:
     default: Any
     required: bool
     aliases: tuple[str, ...]
+    words: tuple[str, ...] = ()  # what a flag may be beside true and false
 
 
 @functools.cache
@@ -69,7 +70,10 @@ def _option(path: tuple[str, ...], field: FieldInfo, group: str) -> Option:
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     kind = kind_of(field)
     metavar = next((m.text for m in field.metadata if isinstance(m, Metavar)), None) or _metavar(field.annotation)
-    return Option(name, path, group, kind, metavar, field.description or "", default, field.is_required(), aliases)
+    words = tuple(word for member in _members(field.annotation) for word in _words(member)) if kind == "flag" else ()
+    return Option(
+        name, path, group, kind, metavar, field.description or "", default, field.is_required(), aliases, words
+    )
 
 
 def kind_of(field: FieldInfo) -> Kind:
@@ -86,6 +90,10 @@ def allows_none(field: FieldInfo) -> bool:
 def _kind(annotation: Any) -> Kind:
     plain = get_origin(annotation) or annotation
     return _KINDS.get(plain, "str")
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def _metavar(annotation: Any) -> str:

@@ -18,6 +18,7 @@ from veneer.config.values import (
     Optim,
     Ranks,
     RateOrAuto,
+    Recompute,
     RowsOrFraction,
     Seed,
     StepsOrUnlimited,
@@ -106,7 +107,12 @@ class TrainSettings(Settings):
         default=None, description="stop after N validations without a better loss"
     )
     load_best_model_at_end: bool = Field(default=True, description="keep the adapter of the lowest validation loss")
-    gradient_checkpointing: bool = Field(default=False, description="compute activations twice: less memory, slower")
+    gradient_checkpointing: Recompute = Field(
+        default="auto",
+        description="compute activations twice: less memory, slower; auto: on a GPU in as few layers as memory allows; "
+        "offload: keep what is left of them on the host",
+    )
+    torch_compile: bool | None = Field(default=None, description="compile the layers; default: on a GPU")
     fsdp: bool = Field(default=False, description="with torchrun: each process holds a share of the base, not all")
 
 

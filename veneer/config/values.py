@@ -103,6 +103,7 @@ Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
 Optim = Annotated[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], BeforeValidator(_optim)]
+Recompute = bool | Literal["auto", "offload"]
 RowsOrFraction = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 RateOrAuto = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto), Metavar("X")]
 StepsOrUnlimited = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_unlimited), Metavar("N")]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.model.packed import Wiring, wiring_of
+from veneer.model.recompute import Shelf, recomputed
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -21,16 +22,20 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def arrange(model: nn.Module, compiled: bool = False, recomputed: int = 0) -> None:
-    """Compiles the layers or not, and computes the first `recomputed` of them twice (-1: all); replaces what was set.
+def arrange(
+    model: nn.Module, compiled: bool = False, recompute: int = 0, offload: bool = False, backend: str = "inductor"
+) -> None:
+    """Compiles the layers or not, and computes the first `recompute` of them twice (-1: all); replaces what was set.
 
-    Recomputed layers keep only their input for backward. The first ones, because theirs is kept longest.
+    Recomputed layers keep only their input for backward, with `offload` on the host. The first ones, because theirs is
+    kept longest. backend: torch.compile's.
     """
-    wiring, function = wiring_of(model), torch.compile(_own_forward) if compiled else None
+    wiring, function = wiring_of(model), torch.compile(_own_forward, backend=backend) if compiled else None
     layers = decoder_layers(model)
-    count = len(layers) if recomputed < 0 else recomputed
+    count = len(layers) if recompute < 0 else recompute
+    shelf = Shelf(next(model.parameters()).device) if offload else None
     for number, layer in enumerate(layers):
-        layer.__dict__["forward"] = Run(layer, wiring, function, number < count)
+        layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf)
 
 
 def as_they_were(model: nn.Module) -> None:
@@ -42,8 +47,16 @@ def as_they_were(model: nn.Module) -> None:
 class Run:
     """What stands for one layer's `forward`."""
 
-    def __init__(self, layer: nn.Module, wiring: Wiring, compiled: Callable[..., Any] | None, recomputed: bool) -> None:
-        self.layer, self.wiring, self.compiled, self.recomputed = layer, wiring, compiled, recomputed
+    def __init__(
+        self,
+        layer: nn.Module,
+        wiring: Wiring,
+        compiled: Callable[..., Any] | None,
+        number: int | None,  # among the layers that are recomputed; None: not one of them
+        shelf: Shelf | None,
+    ) -> None:
+        self.layer, self.wiring, self.compiled = layer, wiring, compiled
+        self.number, self.shelf = number, shelf
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         wiring = self.wiring
@@ -53,35 +66,12 @@ class Run:
         if not hidden.requires_grad:
             # The first layer as the others: it needs no compilation of its own, and recomputing works from its input.
             hidden = hidden.detach().requires_grad_()
-        if not self.recomputed:
+        if self.number is None:
             return forward(self.layer, hidden, *args, **kwargs)
-        return _Recompute.apply(hidden, lambda x: forward(self.layer, x, *args, **kwargs))
+        return recomputed(hidden, lambda x: forward(self.layer, x, *args, **kwargs), self.shelf, self.number)
 
 
 def _own_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The class's forward, with the layer as an argument: one compilation serves all layers, and a copied model's
     layers never meet another's weights."""
     return type(layer).forward(layer, *args, **kwargs)
-
-
-class _Recompute(torch.autograd.Function):
-    """Keeps the input alone and runs the layer again in backward (Chen et al. 2016, arXiv 1604.06174).
-
-    Nothing in a layer is random while a stream runs (dropout masks are functions of step and row), so the second run
-    computes what the first did. Gradients of adapters are added where they live, by the inner backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.run = run
-        return run(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        (hidden,) = ctx.saved_tensors
-        hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            out = ctx.run(hidden)
-        torch.autograd.backward(out, g)
-        return hidden.grad, None

@@ -36,18 +36,19 @@ class Feed:
         if self.ahead is not None and self.ahead[0] == wanted:
             batch, ready = self.ahead[1:]
         else:
-            batch, ready = self._ready(jobs, micros[0], 0)
+            batch, ready = self.ready(jobs, micros[0], 0)
         parts: list[tuple[Batch, Tensor]] = []
         for following in [*micros[1:], None]:
             parts.append((batch, self.passes(ready)))
             if following is not None:
-                batch, ready = self._ready(jobs, following, 0)
+                batch, ready = self.ready(jobs, following, 0)
         self.ahead = None
         if all(job.step + 1 < job.total for job in jobs):
-            self.ahead = ([(job.slot, job.step + 1) for job in jobs], *self._ready(jobs, 0, 1))
+            self.ahead = ([(job.slot, job.step + 1) for job in jobs], *self.ready(jobs, 0, 1))
         return _sums(jobs, parts)
 
-    def _ready(self, jobs: Sequence[Job], micro: int, later: int) -> tuple[Batch, Pass]:
+    def ready(self, jobs: Sequence[Job], micro: int, later: int) -> tuple[Batch, Pass]:
+        """Micro-batch `micro` of the step that comes `later` steps after the coming one."""
         ranks = self.ranks
         batch = [(job, example) for job in jobs for example in ranks.share(job.rows(micro, later))]
         batch = batch or [(jobs[0], NOTHING)]

@@ -39,7 +39,7 @@ def loop(
 ) -> None:
     """Trains all jobs to their end. `record` gets the facts of every step and validation, `save` asks for a checkpoint.
 
-    graphs: on a GPU, passes whose shape comes back run as CUDA graphs (`veneer.train.passes`).
+    graphs: passes whose shape comes back run as CUDA graphs (`veneer.train.passes`); on a GPU.
     Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
     with memory_explained(model, jobs, ranks):

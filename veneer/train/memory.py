@@ -55,7 +55,8 @@ def _held(job: Job, ranks: Ranks) -> str:
     lengths = [len(example.input_ids) for example in rows]
     widths = sorted({method.rank for method in job.methods.values()})
     width = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
-    recompute = "on" if job.settings.gradient_checkpointing else "off"
+    asked = job.settings.gradient_checkpointing
+    recompute = asked if isinstance(asked, str) else "on" if asked else "off"
     return (
         f"{job.slot}, step {job.step + 1} of {job.total}: up to {sum(lengths):,} tokens in a forward pass ({len(rows)} "
         f"rows, the longest {max(lengths, default=0):,}), adapters of rank {width}, recompute {recompute}"
@@ -73,8 +74,10 @@ def _lower(job: Job, named: bool) -> list[str]:
             f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (now {size} and {passes}): "
             "the same step in smaller passes"
         )
-    if not settings.gradient_checkpointing:
+    if settings.gradient_checkpointing is False:
         steps.append("--gradient-checkpointing: activations are computed twice instead of kept, a third slower")
+    elif settings.gradient_checkpointing != "offload" and torch.cuda.is_available():
+        steps.append("--gradient-checkpointing offload: what is kept of them lies on the host")
     longest = max(len(example.input_ids) for example in job.train)
     steps.append(f"--max-length {max(1, longest // 2)}: the longest row now has {longest:,} tokens")
     return [f"{job.slot}: {step}" for step in steps] if named else steps

@@ -21,6 +21,7 @@ from veneer.lowrank import norm
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
 from veneer.train import checkpoint
 from veneer.train.allocator import keep_freed_memory
+from veneer.train.fit import fit
 from veneer.train.job import Job, total_steps
 from veneer.train.loop import loop
 from veneer.train.optim import check_optimizer
@@ -32,7 +33,15 @@ from veneer.train.shard import check_shardable, gathered, shard
 
 SLOT = "default"
 # Options that may change between a run and its resumption: they do not touch a single byte of the adapter,
-FREE = ("output_dir", "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "fsdp")
+FREE = (
+    "output_dir",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "gradient_checkpointing",
+    "torch_compile",
+    "fsdp",
+)
 # or, as long as their product is the same, only the rounding of its sums.
 PASSES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -98,7 +107,7 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
     if config.train.fsdp:
         shard(loaded.model, ranks)
-    _set_recompute(loaded.model, config.train.gradient_checkpointing)
+    _check_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
     job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
@@ -107,13 +116,17 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     notes += [*_sharing(job, ranks), *_start(output, config, [job], identity, resume, ranks)]
     for note in notes:
         say(f"note: {note}")
+    graphs, fitted = fit(loaded.model, job, config.train, ranks)
+    for note in fitted:
+        say(f"note: {note}")
+    notes += fitted
 
     def save(jobs: Sequence[Job]) -> None:
         if ranks.is_main:
             checkpoint.save(output, jobs, identity, config.train.save_total_limit, ranks.world)
 
     with Recorder(output, [job], progress, ranks.is_main) as record:
-        loop(loaded.model, [job], record=record, save=save, ranks=ranks)
+        loop(loaded.model, [job], record=record, save=save, ranks=ranks, graphs=graphs)
     notes += _verdict(job)
     result = _result(config, job, notes)
     facts = {
@@ -130,15 +143,10 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     return result
 
 
-def _set_recompute(model: PreTrainedModel, wanted: bool) -> None:
-    """Recompute each layer in backward. transformers does it in training mode only, which changes nothing else here:
-    our dropout does not look at the mode, and a base's own dropout is refused."""
+def _check_recompute(model: PreTrainedModel, wanted: bool | str) -> None:
     dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if wanted and dropouts:
+    if wanted in (True, "offload") and dropouts:
         raise ConfigError(f"--gradient-checkpointing: this base has dropout of its own ({', '.join(dropouts[:3])})")
-    if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
 
 
 def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:

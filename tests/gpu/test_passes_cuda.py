@@ -1,0 +1,116 @@
+"""Training passes on a CUDA GPU: compiled, recorded as graphs, recomputed, offloaded; each computes what eager does.
+
+Eager on the GPU is itself checked against float32 on the CPU in test_packed_cuda.py.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from veneer.adapter.attach import attach, methods_of
+from veneer.config import LoraSettings
+from veneer.model.layers import arrange, as_they_were
+from veneer.model.load import prepare
+from veneer.train.passes import SEEN, Passes, computed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")]
+# Of the gradient of all factors together: bfloat16 activations (2^-8) rounded at other places.
+CLOSE = 2e-2
+EQUAL, UNEQUAL = (256, 256), (200, 37, 250)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 320}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    made = (
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=1024)).eval().to("cuda", torch.bfloat16)
+    )
+    prepare(made)
+    attach(made, LoraSettings(r=4), "default", seed=0)
+    for method in methods_of(made, "default").values():
+        method.b_OR.data.normal_(std=0.05)
+    return made
+
+
+def ready(model, lengths, seed=0, graphs=True):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(320, (length,), generator=generator).tolist() for length in lengths]
+    trained, slots = [[i % 3 != 1 for i in range(n)] for n in lengths], ["default"] * len(rows)
+    weights = [1.0 / (i + 2) for i in range(len(rows))]
+    return Passes(model, graphs).ready(rows, trained, weights, slots, torch.device("cuda"), {})
+
+
+def gradients(model, run):
+    factors = [p for method in methods_of(model, "default").values() for p in method.parameters()]
+    for factor in factors:
+        factor.grad = torch.zeros_like(factor)
+    losses_N = run()
+    return losses_N, torch.cat([factor.grad.flatten() for factor in factors])
+
+
+def near(found, wanted):
+    torch.testing.assert_close(found[0], wanted[0], rtol=CLOSE, atol=CLOSE)
+    assert (found[1] - wanted[1]).norm() <= CLOSE * wanted[1].norm()
+
+
+@pytest.mark.parametrize("lengths", [EQUAL, UNEQUAL])
+@pytest.mark.parametrize(
+    "how",
+    [{"compiled": True}, {"recompute": -1}, {"compiled": True, "recompute": 2}, {"recompute": -1, "offload": True}],
+)
+def test_every_way_computes_the_same(model, lengths, how):
+    as_they_were(model)
+    given = ready(model, lengths)
+    wanted = gradients(model, lambda: computed(model, given))
+    arrange(model, **how)
+    near(gradients(model, lambda: computed(model, given)), wanted)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("lengths", [EQUAL, UNEQUAL])
+def test_a_graph_replays_other_rows_of_its_shape(model, lengths, offload):
+    arrange(model, compiled=not offload, recompute=-1 if offload else 1, offload=offload)
+    passes = Passes(model, graphs=True)
+    for seed in range(SEEN + 3):
+        given = ready(model, lengths, seed)
+        wanted = gradients(model, lambda given=given: computed(model, given))
+        near(gradients(model, lambda given=given: passes(given)), wanted)
+    assert len(passes.recorded) == 1
+
+
+def test_graphs_of_several_shapes_share_memory(model):
+    arrange(model, compiled=True)
+    passes = Passes(model, graphs=True)
+    shapes = [EQUAL, UNEQUAL, (512, 512)]
+    for seed in range(SEEN + 2):
+        for lengths in shapes:
+            given = ready(model, lengths, seed)
+            wanted = gradients(model, lambda given=given: computed(model, given))
+            near(gradients(model, lambda given=given: passes(given)), wanted)
+    assert len(passes.recorded) == len(shapes)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int8", "fp8"])
+def test_storages_compiled(model, name):
+    from veneer.bases import BASES
+    from veneer.model.quantised import storage_class
+    from veneer.model.swap import linear_paths
+
+    assert name in BASES
+    other = copy.deepcopy(model)
+    as_they_were(other)
+    for path in linear_paths(other):
+        leaf = other.get_submodule(path)
+        leaf.base = storage_class(name).from_weight(leaf.base.weight.detach(), leaf.base.bias)
+        if name == "fp8":
+            leaf.base.add_transposed()
+    given = ready(other, UNEQUAL)
+    wanted = gradients(other, lambda: computed(other, given))
+    arrange(other, compiled=True)
+    near(gradients(other, lambda: computed(other, given)), wanted)

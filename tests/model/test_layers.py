@@ -1,0 +1,186 @@
+"""Decoder layers compiled and computed twice: the same losses and gradients as the plain ones."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from veneer.methods.lora import LoRA
+from veneer.model import attention
+from veneer.model.layers import arrange, as_they_were, decoder_layers
+from veneer.model.load import prepare
+from veneer.model.losses import cross_entropy, targets_of
+from veneer.model.packed import running, whole, wiring_of
+from veneer.model.stream import Span, Stream, pack
+from veneer.model.swap import leaf_at, linear_paths
+
+LENGTHS = (33, 20, 11)
+# Of a gradient's largest entry: float32 sums in another order, through three layers.
+CLOSE = 1e-4
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 90}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    made = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attention_bias=True)).eval()
+    for parameter in made.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    prepare(made)
+    for path in linear_paths(made):
+        leaf = leaf_at(made, path)
+        if not path.endswith("k_proj"):  # a family that is not whole
+            leaf.slots["one"] = LoRA(torch.randn(4, leaf.in_features) / 8, torch.randn(leaf.out_features, 4) / 8, 0.5)
+    wiring_of(made).slots.append("one")
+    return made
+
+
+@pytest.fixture
+def traceable(monkeypatch):
+    """Buckets of attention on the CPU are Python that is not to be traced; the GPU's kernels are."""
+    monkeypatch.setattr(attention, "_segments", torch.compiler.disable(attention._segments))
+
+
+def stream_of(lengths=LENGTHS, slot: str | None = "one") -> Stream:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(90, (length,), generator=generator).tolist() for length in lengths]
+    return pack(rows, [slot] * len(rows), multiple=32)
+
+
+def losses(model, lengths=LENGTHS):
+    for parameter in model.parameters():
+        parameter.grad = None
+    stream = stream_of(lengths)
+    with running(model, stream):
+        sums_N, _ = cross_entropy(model, stream, targets_of(stream, [[True] * length for length in lengths]))
+        sums_N.sum().backward()
+    return sums_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found, wanted):
+    torch.testing.assert_close(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys() and len(wanted[1]) == 2 * 6 * 3
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).abs().max() <= CLOSE * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, -1])
+def test_layers_computed_twice_give_the_same(model, count):
+    wanted = losses(model)
+    arrange(model, recompute=count)
+    found = losses(model)
+    assert torch.equal(found[0], wanted[0]) and all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+
+
+class Held:
+    """A tensor that a graph keeps for backward."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept(model) -> int:
+    """Elements of activations that are kept between forward and backward."""
+    alive: list[weakref.ref[Held]] = []
+
+    def keep(tensor: torch.Tensor) -> Held:
+        held = Held(tensor)
+        alive.append(weakref.ref(held))
+        return held
+
+    stream = stream_of()
+    with running(model, stream), torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
+        sums_N, _ = cross_entropy(model, stream, targets_of(stream, [[True] * length for length in LENGTHS]))
+    tensors = [held.tensor for ref in alive if (held := ref()) is not None]
+    assert sums_N.requires_grad
+    return sum(tensor.numel() for tensor in tensors if not isinstance(tensor, torch.nn.Parameter))
+
+
+def test_layers_computed_twice_keep_their_input_alone(model):
+    tokens, hidden = len(stream_of().token_ids_T), model.config.hidden_size
+    counts = []
+    for count in range(4):
+        arrange(model, recompute=count)
+        counts.append(kept(model))
+    spared = [before - after for before, after in pairwise(counts)]
+    assert min(spared) > 10 * tokens * hidden  # activations of a layer, less its input
+    head = counts[-1] - 3 * tokens * hidden
+    assert head < 10 * tokens * hidden
+
+
+@pytest.mark.usefixtures("traceable")
+@pytest.mark.parametrize("count", [0, 2])
+def test_compiled_layers_give_the_same(model, count):
+    wanted = losses(model), losses(model, (40, 24))
+    arrange(model, compiled=True, recompute=count, backend="aot_eager")
+    same(losses(model), wanted[0])
+    same(losses(model, (40, 24)), wanted[1])
+
+
+@pytest.mark.usefixtures("traceable")
+def test_all_layers_share_one_compilation(model):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def compiled(layers: int) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model.config.num_hidden_layers = layers  # as many as the model's own loop runs
+        arrange(model, compiled=True, backend=counter)
+        losses(model)
+        losses(copy.deepcopy(model))
+        return counter.frame_count
+
+    assert 0 < compiled(1) == compiled(3)
+
+
+@pytest.mark.usefixtures("traceable")
+def test_a_copied_model_computes_with_its_own_weights(model):
+    arrange(model, compiled=True, backend="aot_eager")
+    losses(model)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data *= 1.1
+    found = losses(other)
+    as_they_were(other)
+    same(found, losses(other))
+
+
+@pytest.mark.usefixtures("traceable")
+def test_several_slots_and_ordinary_calls_are_not_compiled(model):
+    def fails(*_unused):
+        raise AssertionError("compiled")
+
+    ids = torch.tensor([[1, 2, 3]])
+    wanted = model(ids).logits
+    arrange(model, compiled=True, backend=fails)
+    assert torch.equal(model(ids).logits, wanted)
+    stream = stream_of(slot=None)
+    with running(model, stream), torch.no_grad():
+        cross_entropy(model, stream, targets_of(stream, [[True] * length for length in LENGTHS]))
+
+
+def test_as_they_were(model):
+    arrange(model, recompute=-1)
+    as_they_were(model)
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
+
+
+@pytest.mark.parametrize(
+    "spans, keys, wanted",
+    [
+        ((Span(0, 5, "a"),), {}, "a"),
+        ((), {}, None),
+        ((Span(0, 5, "a"),), {"a": 1}, None),
+        ((Span(0, 4, "a"),), {}, None),
+        ((Span(0, 5, "a", 0.5),), {}, None),
+        ((Span(0, 3, "a"), Span(3, 5, "b")), {}, None),
+    ],
+)
+def test_who_speaks_over_a_whole_stream(spans, keys, wanted):
+    assert whole(Stream(torch.zeros(5, dtype=torch.int64), torch.arange(5), (5,), spans, keys)) == wanted

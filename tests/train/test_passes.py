@@ -1,0 +1,120 @@
+"""Passes: what is copied into the tensors of a recorded shape computes what the pass itself does.
+
+The graph is CUDA's (tests/gpu/test_passes_cuda.py); here the tensors that it would read are computed on the CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from veneer.adapter.attach import attach, methods_of
+from veneer.config import LoraSettings
+from veneer.model.attention import varlen_of
+from veneer.train.passes import GRAPHS, SEEN, Pass, Passes, Recorded, buffers, computed, fill, grain, shape_of
+
+
+@pytest.fixture
+def adapted(pico):
+    attach(pico, LoraSettings(r=2), "default", seed=0)
+    for method in methods_of(pico, "default").values():
+        method.b_OR.data.normal_(generator=torch.Generator().manual_seed(0))
+    return pico
+
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+def ready(model, lengths, seed=0, graphs=True, dropout=None) -> Pass:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(90, (length,), generator=generator).tolist() for length in lengths]
+    trained = [[i % 3 != 1 for i in range(length)] for length in lengths]
+    slots, weights = ["default"] * len(rows), [1.0 / (i + 2) for i in range(len(rows))]
+    return Passes(model, graphs).ready(rows, trained, weights, slots, torch.device("cpu"), dropout or {})
+
+
+def gradients(model, given: Pass):
+    for parameter in model.parameters():
+        parameter.grad = None
+    losses_N = computed(model, given)
+    return losses_N, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(first=LENGTHS, second=LENGTHS)
+def test_a_pass_in_the_buffers_of_its_shape_computes_the_same(adapted, first, second):
+    """Also when another pass was there before."""
+    given = ready(adapted, second, seed=2)
+    wanted, gradients_wanted = gradients(adapted, given)
+    shape = shape_of(given)
+    here = buffers(shape, torch.device("cpu"))
+    other = ready(adapted, first, seed=1)
+    if shape_of(other) == shape:
+        fill(here, other)
+    fill(here, given)
+    # On the CPU attention reads lengths where the GPU's kernel reads the plan's tensors.
+    stream = dataclasses.replace(here.stream, lengths=given.stream.lengths, parents=given.stream.parents)
+    found, gradients_found = gradients(adapted, here._replace(stream=stream))
+    assert torch.equal(found[: len(wanted)], wanted) and not found[len(wanted) :].any()
+    for got, want in zip(gradients_found, gradients_wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=LENGTHS)
+def test_the_plan_of_a_shape_holds_every_segment(adapted, lengths):
+    given = ready(adapted, lengths)
+    shape, plan = shape_of(given), varlen_of(given.stream)
+    here = buffers(shape, torch.device("cpu"))
+    fill(here, given)
+    held = varlen_of(here.stream)
+    assert held.starts[: len(plan.starts)].tolist() == plan.starts.tolist()
+    assert set(held.starts[len(plan.starts) :].tolist()) <= {shape.tokens}  # empty segments at the end
+    assert held.longest >= plan.longest and held.equal == plan.equal
+
+
+def test_what_a_graph_cannot_hold(adapted):
+    rows = [list(range(40)), [*list(range(40)), 1, 2]]
+    parts = ([[True] * 40, [True] * 42], [1.0, 1.0], ["default"] * 2, torch.device("cpu"))
+    assert shape_of(Passes(adapted, True).ready(rows, *parts, {})) is None  # most tokens are shared
+    assert shape_of(ready(adapted, [5, 6], dropout={"default": 1})) is None
+    mixed = Passes(adapted, True).ready([[1, 2], [3]], [[True] * 2, [True]], [1.0, 1.0], ["default", "x"], "cpu", {})
+    assert shape_of(mixed) is None
+
+
+def test_little_in_common_is_not_shared_where_graphs_are_recorded(adapted):
+    rows = [list(range(20)) + [i] * 200 for i in range(3)]
+    parts = ([[True] * 220] * 3, [1.0] * 3, ["default"] * 3, torch.device("cpu"), {})
+    assert Passes(adapted, False).ready(rows, *parts).stream.branches
+    assert not Passes(adapted, True).ready(rows, *parts).stream.branches
+
+
+@given(tokens=st.integers(0, 1 << 20))
+def test_rounding_up_costs_a_sixteenth_at_most(tokens):
+    step = grain(tokens)
+    assert step % 32 == 0 and (step == 32 or step <= tokens / 16)
+
+
+def test_a_shape_is_recorded_when_it_comes_back(adapted, monkeypatch):
+    made = []
+
+    class Fake(Recorded):
+        def __init__(self, model, shape, first):
+            made.append(shape)
+
+        def __call__(self, given):
+            return "replayed"
+
+    monkeypatch.setattr("veneer.train.passes.Recorded", Fake)
+    passes = Passes(adapted, graphs=True)
+    given = ready(adapted, [9, 8])
+    answers = [passes(given) for _ in range(SEEN + 2)]
+    assert answers[SEEN:] == ["replayed"] * 2 and len(made) == 1
+    for length in range(GRAPHS + 3):
+        for _ in range(SEEN + 1):
+            passes(ready(adapted, [32 * (length + 2)]))
+    assert len(passes.recorded) == GRAPHS
