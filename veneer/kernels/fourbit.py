@@ -28,9 +28,10 @@ LEVELS = {
     "int4": (*(level / 7 for level in range(-7, 8)), 1.0),  # code 15 is never written
 }
 # Elements encoded at a time (a multiple of BLOCK): what is held beside input and output is a few times this.
-ENCODE_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}
-# Pairs decoded at a time (a multiple of BLOCK / 2): 512 KiB of float32, which stays in the second-level cache.
-DECODE_AT_ONCE = 1 << 16
+ENCODE_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Pairs decoded at a time (a multiple of BLOCK / 2): 2 MiB of float32, the size of a second-level cache. Smaller pieces
+# gain little, and threads wait for one another after each step of each piece.
+DECODE_AT_ONCE = 1 << 18
 CELLS = 64  # of [-1, 1] in the search for a level: narrow enough that none holds two midpoints
 TINY = 1e-38  # bitsandbytes' least divisor: an all-zero block encodes to zeros
 

@@ -16,7 +16,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 LEAST = 1e-12  # of a row's largest magnitude, so that a row of zeros has a scale
 TINY = 1e-36  # the same for int8: 127 / TINY is finite
-AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements worked on at a time, so that what is held beside stays small
+AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements worked on at a time, so that what is held beside stays small
 
 
 def quantise_rows_int8(w_OI: Tensor) -> tuple[Tensor, Tensor]:
