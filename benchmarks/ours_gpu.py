@@ -91,7 +91,11 @@ def _store(model: nn.Module, path: str, storage: str) -> None:
     from veneer.model.quantised import storage_class
     from veneer.model.swap import place_leaf
 
-    place_leaf(model, path, storage_class(STORAGES[storage]).from_linear(model.get_submodule(path)))
+    linear = model.get_submodule(path)
+    base = storage_class(STORAGES[storage]).from_linear(linear)
+    if storage == "fp8":
+        base.add_transposed(linear.weight)  # as the loader does where memory allows
+    place_leaf(model, path, base)
 
 
 def recomputed_layers(recompute: str) -> int:

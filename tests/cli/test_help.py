@@ -21,7 +21,8 @@ def test_every_option_is_there_and_fits(command: Command, columns: str, monkeypa
     lines = text.splitlines()
     for option in options_of(command.settings).values():
         name = option.name.replace("_", "-")
-        shown = f"--[no-]{name}" if option.kind == "flag" else f"--{name} {option.metavar}"
+        words = f" [{'|'.join(option.words)}]" if option.words else ""
+        shown = f"--[no-]{name}{words}" if option.kind == "flag" else f"--{name} {option.metavar}"
         assert sum(line == f"  {shown}" or line.startswith(f"  {shown}  ") for line in lines) == 1
         assert option.group in lines
         assert all(alias.replace("_", "-") in text for alias in option.aliases)

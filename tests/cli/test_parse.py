@@ -192,3 +192,18 @@ def test_no_words_are_a_bug(words: list[str]) -> None:
     words = [word for word in words if not word.endswith((".yaml", ".yml")) and "\0" not in word]
     with contextlib.suppress(ConfigError, SystemExit):
         parse(words, COMMAND)
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        (["--gradient-checkpointing"], True),
+        (["--gradient-checkpointing", "offload"], "offload"),
+        (["--gradient-checkpointing=AUTO"], "auto"),
+        (["--gradient-checkpointing", "no"], False),
+        (["--no-gradient-checkpointing"], False),
+        ([], "auto"),
+    ],
+)
+def test_a_flag_may_be_a_word(words: list[str], wanted: bool | str) -> None:
+    assert flat(*words)["gradient_checkpointing"] == wanted

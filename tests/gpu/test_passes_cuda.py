@@ -48,8 +48,8 @@ def ready(model, lengths, seed=0, graphs=True):
 
 def gradients(model, run):
     factors = [p for method in methods_of(model, "default").values() for p in method.parameters()]
-    for factor in factors:
-        factor.grad = torch.zeros_like(factor)
+    for factor in factors:  # in place: a graph adds to the tensors that it was recorded with
+        factor.grad = torch.zeros_like(factor) if factor.grad is None else factor.grad.zero_()
     losses_N = run()
     return losses_N, torch.cat([factor.grad.flatten() for factor in factors])
 

@@ -63,7 +63,7 @@ def test_the_message_says_what_was_held_and_what_to_lower(config: Config, fillin
         "Tried to allocate 2.00 GiB.",
         "step 5 of 12",
         "(6 rows, the longest ",
-        "rank 2 to 4, recompute off",
+        "rank 2 to 4, recompute auto",
         "--per-device-train-batch-size 3 --gradient-accumulation-steps 2 (now 6 and 1)",
         "--gradient-checkpointing",
         "--load-in-4bit",

@@ -15,6 +15,7 @@ from veneer.adapter.attach import attach
 from veneer.adapter.card import Adapter
 from veneer.config import RunConfig
 from veneer.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from veneer.model.layers import decoder_layers
 from veneer.model.load import load
 from veneer.model.losses import sequence_nll
 from veneer.train import run
@@ -296,12 +297,12 @@ def test_a_plan_loads_no_weights(config: Config, monkeypatch: pytest.MonkeyPatch
     assert not Path(config().output_dir).exists()
 
 
-def test_gradient_checkpointing_is_on_when_asked_for(config: Config, pico_folder: Path) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_layers_are_computed_twice_where_asked(config: Config, pico_folder: Path, asked: bool) -> None:
     loaded = load(str(pico_folder), "float32")
-    calls = []
-    loaded.model.gradient_checkpointing_enable = lambda *given, **named: calls.append(given)
-    _train(config(gradient_checkpointing=True), loaded=loaded)
-    assert calls
+    _train(config(gradient_checkpointing=asked), loaded=loaded)
+    runs = [vars(layer)["forward"] for layer in decoder_layers(loaded.model)]
+    assert [run.number is not None for run in runs] == [asked] * len(runs)
 
 
 def test_bfloat16_trains_too(config: Config) -> None:

@@ -50,6 +50,11 @@ class Base(nn.Module):
         raise NotImplementedError
 
     @property
+    def adds(self) -> bool:
+        """Whether a product that is added to a given tensor spares the pass that adding it afterwards would take."""
+        return True
+
+    @property
     def dtype(self) -> torch.dtype:
         """What W decodes to: the dtype of the weight that was stored; a cast of the model changes it."""
         return self.weight.dtype

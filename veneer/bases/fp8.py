@@ -88,6 +88,10 @@ class FP8(Quantised):
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         return dequantise_rows(self.weight, self.scale, dtype or self.dtype)
 
+    @property
+    def adds(self) -> bool:
+        return not fp8_supported(self.device)  # the hardware's product is written, never added
+
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
         if not self._in_fp8(x_TI):
             return super().matmul(x_TI, into)

@@ -54,7 +54,7 @@ class Int8(Quantised):
         return made
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        return dequantise_rows(self.weight, self.absmax / 127, dtype or self.dtype)
+        return dequantise_rows(self.weight, self.absmax * (1 / 127), dtype or self.dtype)
 
     def extra_state(self) -> dict[str, Tensor]:
         return {FORMAT: torch.zeros((), dtype=torch.uint8, device=self.device)}

@@ -22,6 +22,9 @@ class Products(Protocol):
 
     bias: Tensor | None
 
+    @property
+    def adds(self) -> bool: ...
+
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor: ...
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor: ...
@@ -95,7 +98,7 @@ def products(
         zs.append(z_TR)
         for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
             b_RO, y_TO = cast[2 * piece.pair + 1].t(), ys[piece.layer]
-            if y_TO is None and _thin_first(x_TI, run):
+            if y_TO is None and _thin_first(x_TI, run, [bases[piece.layer]]):
                 ys[piece.layer] = bases[piece.layer].matmul(x_TI, (z * piece.scale) @ b_RO)
                 continue
             y_TO = bases[piece.layer].matmul(x_TI) if y_TO is None else y_TO
@@ -159,7 +162,7 @@ def _through_x(
     cast: Sequence[Tensor],
 ) -> Tensor | None:
     """The gradient of x: of all layers and runs in one buffer."""
-    first = 1 if runs and _thin_first(x_TI, runs[0]) else 0
+    first = 1 if runs and _thin_first(x_TI, runs[0], bases) else 0
     dx_TI = dzs[0] @ _stacked(runs[0], cast) if first else None
     for base, g_TO in zip(bases, gs_TO, strict=True):
         dx_TI = dx_TI if g_TO is None else base.matmul_t(g_TO, dx_TI)
@@ -176,13 +179,14 @@ def _outer(left_TX: Tensor, right_TY: Tensor, dtype: torch.dtype) -> Tensor:
     return (left_TX.t() @ right_TY).to(dtype)
 
 
-def _thin_first(x_TI: Tensor, run: Sequence[Piece]) -> bool:
+def _thin_first(x_TI: Tensor, run: Sequence[Piece], bases: Sequence[Products]) -> bool:
     """Whether a run's thin product is written before the base's product is added to it.
 
     On a GPU the large product adds to memory while it computes, which spares a pass over the output; on the CPU the
     thin product added last is the faster order.
     """
-    return x_TI.is_cuda and (run[0].start, run[0].stop) == (0, len(x_TI))
+    whole = (run[0].start, run[0].stop) == (0, len(x_TI))
+    return x_TI.is_cuda and whole and all(base.adds for base in bases)
 
 
 class _Gradients:

@@ -74,9 +74,10 @@ def _lower(job: Job, named: bool) -> list[str]:
             f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (now {size} and {passes}): "
             "the same step in smaller passes"
         )
-    if settings.gradient_checkpointing is False:
+    asked = settings.gradient_checkpointing
+    if asked is False or (asked == "auto" and not torch.cuda.is_available()):
         steps.append("--gradient-checkpointing: activations are computed twice instead of kept, a third slower")
-    elif settings.gradient_checkpointing != "offload" and torch.cuda.is_available():
+    elif asked != "offload" and torch.cuda.is_available():
         steps.append("--gradient-checkpointing offload: what is kept of them lies on the host")
     longest = max(len(example.input_ids) for example in job.train)
     steps.append(f"--max-length {max(1, longest // 2)}: the longest row now has {longest:,} tokens")

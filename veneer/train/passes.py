@@ -10,6 +10,7 @@ slots, dropout, sequences that share their beginnings, a sharded base) is launch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,9 +78,21 @@ class Passes:
             return computed(self.model, ready)
         self.seen[shape] = self.seen.get(shape, 0) + 1
         if shape not in self.recorded and self.seen[shape] > SEEN and len(self.recorded) < GRAPHS:
-            self.recorded[shape] = Recorded(self.model, shape, ready)
+            self._record(shape, ready)
         recorded = self.recorded.get(shape)
         return computed(self.model, ready) if recorded is None else recorded(ready)
+
+    def _record(self, shape: Shape, ready: Pass) -> None:
+        try:
+            self.recorded[shape] = Recorded(self.model, shape, ready)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # something in this model cannot be recorded; nothing has been computed yet
+            self.graphs, why = False, str(error).strip().splitlines()[0]
+            warnings.warn(
+                f"passes are launched kernel by kernel, which may be slower: {why}", UserWarning, stacklevel=2
+            )
+            torch.cuda.synchronize()
 
 
 def computed(model: nn.Module, ready: Pass) -> Tensor:
@@ -144,8 +157,8 @@ def buffers(shape: Shape, device: torch.device) -> Pass:
     lengths = (shape.equal,) * shape.segments if shape.equal else (shape.tokens, *(0,) * (shape.segments - 1))
     span = Span(0, shape.tokens, shape.slot)
     stream = Stream(ids, torch.zeros_like(ids), lengths, (span,), last=tuple(range(shape.sequences + 1)))
-    starts = torch.zeros(shape.segments + 1, dtype=torch.int32, device=device)
-    stream.plans["varlen"] = Varlen(starts, starts, shape.longest, shape.longest, shape.equal, None)
+    starts, key_starts = torch.zeros(2, shape.segments + 1, dtype=torch.int32, device=device).unbind()
+    stream.plans["varlen"] = Varlen(starts, key_starts, shape.longest, shape.longest, shape.equal, None)
     targets = Targets(*torch.zeros(3, shape.targets, dtype=torch.int64, device=device))
     return Pass(stream, targets, torch.zeros(shape.sequences + 1, device=device))
 
@@ -155,9 +168,9 @@ def fill(here: Pass, ready: Pass) -> None:
     here.stream.token_ids_T.copy_(ready.stream.token_ids_T)
     here.stream.positions_T.copy_(ready.stream.positions_T)
     tokens, starts = len(ready.stream.token_ids_T), varlen_of(ready.stream).starts
-    held = varlen_of(here.stream).starts
-    held[: len(starts)].copy_(starts)
-    held[len(starts) :].fill_(tokens)
+    for held in varlen_of(here.stream)[:2]:  # of queries and keys, which are the same where nothing is shared
+        held[: len(starts)].copy_(starts)
+        held[len(starts) :].fill_(tokens)
     count, nobody = len(ready.targets.rows_M), len(here.weights_N) - 1
     for buffer, value, rest in zip(here.targets, ready.targets, (0, 0, nobody), strict=True):
         buffer[:count].copy_(value)
