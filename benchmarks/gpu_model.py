@@ -39,7 +39,9 @@ def fresh(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     head = model.get_output_embeddings()
-    for seed, (path, module) in enumerate(list(model.named_modules())):
+    # Paths, not modules: one that was replaced by a packed layer must not be held until the last is made.
+    for seed, path in enumerate([path for path, _ in model.named_modules()]):
+        module = model.get_submodule(path)
         if module is head and config.tie_word_embeddings:
             head.weight = model.get_input_embeddings().weight
             continue

@@ -64,10 +64,11 @@ class Spec:
     rank: int = 16
     sequence: int = 4096
     batch: int = 1
-    recompute: str = "none"  # none, layers (all), or the system's own: a number of layers, Unsloth's offload
+    recompute: str = "none"  # none, layers (all), or the system's own: offload, a number of layers, unsloth
     compile: bool = False
     steps: int = 8
     cap_gib: float | None = None  # limit of the caching allocator; the CUDA context comes on top
+    optim: str = "adamw"  # of our side; float32 moments unless it says otherwise
 
     @property
     def alpha(self) -> float:

@@ -45,7 +45,8 @@ def built(spec: Spec, device: str) -> Any:
     model = fresh(spec.shape, device, each=each, sequence=spec.sequence).eval()
     prepare(model)
     attach(model, LoraSettings(r=spec.rank, lora_alpha=spec.alpha), SLOT, seed=0)
-    arrange(model, compiled=spec.compile, recompute=recomputed_layers(spec.recompute))
+    recompute, offload = recomputed_layers(spec.recompute), spec.recompute == "offload"
+    arrange(model, compiled=spec.compile, recompute=recompute, offload=offload)
     return model
 
 
@@ -63,6 +64,7 @@ def job_of(spec: Spec, model: nn.Module) -> Any:
         warmup_ratio=0.0,
         save_steps=spec.steps + 1,
         load_best_model_at_end=False,
+        optim=spec.optim,
     )
     return Job(SLOT, settings, examples(spec, settings.seed), (), LEARNING_RATE, methods_of(model, SLOT))
 
@@ -99,5 +101,5 @@ def _store(model: nn.Module, path: str, storage: str) -> None:
 
 
 def recomputed_layers(recompute: str) -> int:
-    """none, layers (all: -1), or how many of them."""
-    return {"none": 0, "layers": -1}[recompute] if not recompute.isdigit() else int(recompute)
+    """none, layers or offload (all: -1), or how many of them."""
+    return {"none": 0, "layers": -1, "offload": -1}[recompute] if not recompute.isdigit() else int(recompute)
