@@ -51,11 +51,18 @@ class Row:
 
     def candidates(self, system: str, steps: int) -> list[Spec]:
         """The variants of a system to choose from."""
+        common = Spec(
+            system,
+            self.shape,
+            SYSTEMS[system][1],
+            self.rank,
+            self.sequence,
+            steps=steps,
+            cap_gib=self.cap_gib,
+            optim=self.optim,
+        )
         return [
-            Spec(
-                *(system, self.shape, SYSTEMS[system][1], self.rank, self.sequence),
-                *(batch, recompute, compiled, steps, self.cap_gib, self.optim),
-            )
+            common.but(batch=batch, recompute=recompute, compile=compiled)
             for batch, recompute, compiled in self.systems[system]
         ]
 

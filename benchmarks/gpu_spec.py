@@ -68,7 +68,7 @@ class Spec:
     compile: bool = False
     steps: int = 8
     cap_gib: float | None = None  # limit of the caching allocator; the CUDA context comes on top
-    optim: str = "adamw"  # of our side; float32 moments unless it says otherwise
+    optim: Any = "adamw"  # of our side, a name of veneer.train.optim; float32 moments unless it says otherwise
 
     @property
     def alpha(self) -> float:

@@ -23,7 +23,13 @@ def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
     model = built(spec, device)
     job = job_of(spec, model)
     meter.ready([job.flat.values_P])
-    loop(model, [job], record=lambda _, facts: meter.step(facts["loss"]), save=lambda _: None, graphs=spec.compile)
+    loop(
+        model,
+        [job],
+        record=lambda _, facts: meter.step(facts["loss"]),
+        save=lambda _: None,
+        graphs=spec.compile and spec.recompute != "offload",
+    )
     return moments_of(job)
 
 

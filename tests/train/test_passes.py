@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
 from veneer.model.attention import varlen_of
-from veneer.train.passes import GRAPHS, SEEN, Pass, Passes, Recorded, buffers, computed, fill, grain, shape_of
+from veneer.train.passes import (
+    GRAPHS,
+    REMEMBERED,
+    SEEN,
+    Pass,
+    Passes,
+    Recorded,
+    buffers,
+    computed,
+    fill,
+    grain,
+    shape_of,
+)
 
 
 @pytest.fixture
@@ -99,22 +111,64 @@ def test_rounding_up_costs_a_sixteenth_at_most(tokens):
     assert step % 32 == 0 and (step == 32 or step <= tokens / 16)
 
 
-def test_a_shape_is_recorded_when_it_comes_back(adapted, monkeypatch):
+@pytest.fixture
+def recording(monkeypatch):
+    """Shapes that were recorded; what they would replay is computed, with lengths that the CPU's attention reads."""
     made = []
 
-    class Fake(Recorded):
-        def __init__(self, model, shape, first):
-            made.append(shape)
+    def computed_here(self, given):
+        self.passes += 1
+        return "replayed" if self.graph else "computed"
 
-        def __call__(self, given):
-            return "replayed"
+    def record(self, pool):
+        made.append(pool)
+        self.graph = "a graph"
+        return (0, 1)
 
-    monkeypatch.setattr("veneer.train.passes.Recorded", Fake)
-    passes = Passes(adapted, graphs=True)
-    given = ready(adapted, [9, 8])
-    answers = [passes(given) for _ in range(SEEN + 2)]
-    assert answers[SEEN:] == ["replayed"] * 2 and len(made) == 1
+    monkeypatch.setattr(Recorded, "__call__", computed_here)
+    monkeypatch.setattr(Recorded, "record", record)
+    return made
+
+
+def test_a_shape_is_recorded_when_it_comes_back(adapted, recording):
+    passes, given = Passes(adapted, graphs=True), ready(adapted, [9, 8])
+    assert [passes(given) for _ in range(SEEN + 2)] == ["computed"] * SEEN + ["replayed"] * 2
+    assert recording == [None]
     for length in range(GRAPHS + 3):
         for _ in range(SEEN + 1):
             passes(ready(adapted, [32 * (length + 2)]))
-    assert len(passes.recorded) == GRAPHS
+    assert recording == [None] + [(0, 1)] * (GRAPHS - 1)  # all in the same memory, and no more than that
+
+
+def test_shapes_that_never_come_back_are_forgotten(adapted, recording):
+    passes = Passes(adapted, graphs=True)
+    for length in range(REMEMBERED + 9):
+        passes(ready(adapted, [32 * (length + 1)] * 2))
+        passes(ready(adapted, [300]))
+    assert len(passes.held) <= REMEMBERED + 1 and len(recording) == 1
+
+
+def test_what_cannot_be_recorded_is_computed(adapted, recording, monkeypatch):
+    def fails(self, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Recorded, "record", fails)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    passes, given = Passes(adapted, graphs=True), ready(adapted, [9, 8])
+    for _ in range(SEEN):
+        passes(given)
+    with pytest.warns(UserWarning, match="stream is capturing"):
+        assert passes(given) == "computed"
+    assert not passes.graphs
+
+
+def test_running_out_of_memory_while_recording_is_told(adapted, recording, monkeypatch):
+    def fails(self, pool):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Recorded, "record", fails)
+    passes, given = Passes(adapted, graphs=True), ready(adapted, [9, 8])
+    for _ in range(SEEN):
+        passes(given)
+    with pytest.raises(torch.OutOfMemoryError):
+        passes(given)

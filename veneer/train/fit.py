@@ -50,8 +50,8 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
             kept, note = _kept(model, job, compiled, layers) if layers > MORE else (layers, None)
         arrange(model, compiled, layers - kept)
         notes += [note] if note else []
-    # A sharded base is gathered by calls that a graph cannot hold.
-    return Fitted(compiled and on_gpu and not settings.fsdp, notes)
+    # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded.
+    return Fitted(compiled and on_gpu and not settings.fsdp and wanted != "offload", notes)
 
 
 def _compiled(settings: TrainSettings, on_gpu: bool) -> tuple[bool, list[str]]:

@@ -23,6 +23,7 @@ from veneer.model.packed import running, whole
 from veneer.model.stream import EVEN, Span, Stream, pack
 
 GRAPHS = 8  # shapes that are kept; each holds some megabytes beside the memory that all share
+REMEMBERED = 64  # shapes without one; a few tensors of ids each
 SEEN = 2  # passes of a shape before it is recorded: kernels are compiled and chosen in the first
 SAVES = 0.1  # sharing beginnings goes before a graph where it spares at least this share of the tokens
 
@@ -52,8 +53,8 @@ class Passes:
 
     def __init__(self, model: nn.Module, graphs: bool = False) -> None:
         self.model, self.graphs = model, graphs
-        self.seen: dict[Shape, int] = {}
-        self.recorded: dict[Shape, Recorded] = {}
+        self.held: dict[Shape, Recorded] = {}
+        self.pool: tuple[int, int] | None = None  # the memory of all graphs: one runs at a time
 
     def ready(
         self,
@@ -76,22 +77,31 @@ class Passes:
         shape = shape_of(ready) if self.graphs else None
         if shape is None:
             return computed(self.model, ready)
-        self.seen[shape] = self.seen.get(shape, 0) + 1
-        if shape not in self.recorded and self.seen[shape] > SEEN and len(self.recorded) < GRAPHS:
-            self._record(shape, ready)
-        recorded = self.recorded.get(shape)
-        return computed(self.model, ready) if recorded is None else recorded(ready)
+        if shape not in self.held:
+            self._make_room()
+            self.held[shape] = Recorded(self.model, buffers(shape, ready.stream.token_ids_T.device))
+        held = self.held[shape]
+        if held.graph is None and held.passes >= SEEN and self._recorded() < GRAPHS:
+            self._record(held)
+        return held(ready)
 
-    def _record(self, shape: Shape, ready: Pass) -> None:
+    def _recorded(self) -> int:
+        return sum(held.graph is not None for held in self.held.values())
+
+    def _make_room(self) -> None:
+        """Forgets the oldest shape without a graph, where many are remembered."""
+        waiting = [shape for shape, held in self.held.items() if held.graph is None]
+        if len(waiting) >= REMEMBERED:
+            del self.held[waiting[0]]
+
+    def _record(self, held: Recorded) -> None:
         try:
-            self.recorded[shape] = Recorded(self.model, shape, ready)
+            self.pool = held.record(self.pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # something in this model cannot be recorded; nothing has been computed yet
             self.graphs, why = False, str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"passes are launched kernel by kernel, which may be slower: {why}", UserWarning, stacklevel=2
-            )
+            warnings.warn(f"passes are launched kernel by kernel, perhaps slower: {why}", UserWarning, stacklevel=3)
             torch.cuda.synchronize()
 
 
@@ -133,20 +143,30 @@ def _power(count: int) -> int:
 
 
 class Recorded:
-    """A shape's graph and the tensors that it reads."""
+    """The tensors of a shape, and its graph once it has come back often enough.
 
-    pool: tuple[int, int] | None = None  # the memory of all graphs: one runs at a time
+    Before, passes are computed on the same tensors: what a compiled layer asks of its input (how many segments, how
+    long) has been asked then, and nothing is compiled while a graph is being recorded.
+    """
 
-    def __init__(self, model: nn.Module, shape: Shape, first: Pass) -> None:
-        self.here = buffers(shape, first.stream.token_ids_T.device)
-        fill(self.here, first)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=Recorded.pool):  # records, and computes nothing yet
-            self.losses_N = computed(model, self.here)
-        Recorded.pool = self.graph.pool()
+    def __init__(self, model: nn.Module, here: Pass) -> None:
+        self.model, self.here, self.passes = model, here, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.losses_N = torch.empty(0)  # what the graph writes
+
+    def record(self, pool: tuple[int, int] | None) -> tuple[int, int]:
+        """Records the graph, which computes nothing yet; returns the memory that it uses."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.losses_N = computed(self.model, self.here)
+        self.graph = graph
+        return graph.pool()
 
     def __call__(self, ready: Pass) -> Tensor:
         fill(self.here, ready)
+        self.passes += 1
+        if self.graph is None:
+            return computed(self.model, self.here)[: len(ready.weights_N)]
         self.graph.replay()
         return self.losses_N[: len(ready.weights_N)].clone()
 
@@ -157,7 +177,7 @@ def buffers(shape: Shape, device: torch.device) -> Pass:
     lengths = (shape.equal,) * shape.segments if shape.equal else (shape.tokens, *(0,) * (shape.segments - 1))
     span = Span(0, shape.tokens, shape.slot)
     stream = Stream(ids, torch.zeros_like(ids), lengths, (span,), last=tuple(range(shape.sequences + 1)))
-    starts, key_starts = torch.zeros(2, shape.segments + 1, dtype=torch.int32, device=device).unbind()
+    starts, key_starts = (torch.zeros(shape.segments + 1, dtype=torch.int32, device=device) for _ in range(2))
     stream.plans["varlen"] = Varlen(starts, key_starts, shape.longest, shape.longest, shape.equal, None)
     targets = Targets(*torch.zeros(3, shape.targets, dtype=torch.int64, device=device))
     return Pass(stream, targets, torch.zeros(shape.sequences + 1, device=device))
