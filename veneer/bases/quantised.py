@@ -28,6 +28,8 @@ class Quantised(Base):
     keys: ClassVar[dict[str, str]]  # parameter -> its key in a checkpoint, below the layer's name
     unsaved: ClassVar[tuple[str, ...]] = ()  # parameters that no checkpoint holds
 
+    held: Tensor | None = None  # the decoded weight, for a while: see veneer.bases.kept
+
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
@@ -39,16 +41,19 @@ class Quantised(Base):
         return self._dtype
 
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
-        w_IO = self.decode(x_TI.dtype).t()
+        w_IO = self._weight_in(x_TI.dtype).t()
         if into is None:
             return torch.mm(x_TI, w_IO)
         return into.addmm_(x_TI, w_IO) if into.dtype == x_TI.dtype else into.add_(torch.mm(x_TI, w_IO))
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
-        w_OI = self.decode(g_TO.dtype)
+        w_OI = self._weight_in(g_TO.dtype)
         if into is None:
             return torch.mm(g_TO, w_OI)
         return into.addmm_(g_TO, w_OI) if into.dtype == g_TO.dtype else into.add_(torch.mm(g_TO, w_OI))
+
+    def _weight_in(self, dtype: torch.dtype) -> Tensor:
+        return self.held if self.held is not None and self.held.dtype == dtype else self.decode(dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"

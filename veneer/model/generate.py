@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from veneer.bases.kept import decoded
 from veneer.errors import DataError
 from veneer.model.packed import speaking
 
@@ -37,16 +38,17 @@ def generate(
     _check_prompts(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        written: list[list[int]] = [[] for _ in batch]
-        for tokens in _decode(
-            model, tokenizer, [prompts[i] for i in batch], batch, slot, max_new_tokens, temperature, top_p, seed
-        ):
-            for place, token in tokens.items():
-                written[place].append(token)
-        for i, ids in zip(batch, written, strict=True):
-            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with decoded(model):
+        for batch in batches:
+            written: list[list[int]] = [[] for _ in batch]
+            for tokens in _decode(
+                model, tokenizer, [prompts[i] for i in batch], batch, slot, max_new_tokens, temperature, top_p, seed
+            ):
+                for place, token in tokens.items():
+                    written[place].append(token)
+            for i, ids in zip(batch, written, strict=True):
+                texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return texts
 
 
@@ -64,12 +66,13 @@ def stream(
     _check_prompts([prompt_ids])
     ids: list[int] = []
     said = ""
-    for tokens in _decode(model, tokenizer, [prompt_ids], [0], slot, max_new_tokens, temperature, top_p, seed):
-        ids.append(tokens[0])
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd") and len(text) > len(said):
-            yield text[len(said) :]
-            said = text
+    with decoded(model):
+        for tokens in _decode(model, tokenizer, [prompt_ids], [0], slot, max_new_tokens, temperature, top_p, seed):
+            ids.append(tokens[0])
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd") and len(text) > len(said):
+                yield text[len(said) :]
+                said = text
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if len(text) > len(said):
         yield text[len(said) :]
