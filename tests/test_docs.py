@@ -82,9 +82,9 @@ def options(*verb: str) -> frozenset[str] | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         return None
-    listed = re.findall(r"--(?:\[no-\])?([a-z][a-z-]*)", done.stdout)
+    listed = re.findall(r"--(?:\[no-\])?([a-z][a-z0-9-]*)", done.stdout)
     _, _, spellings = " ".join(done.stdout.split()).partition("Other spellings: ")
-    return frozenset(listed) | frozenset(re.findall(r"[a-z][a-z-]*", spellings))
+    return frozenset(listed) | frozenset(re.findall(r"[a-z][a-z0-9-]*", spellings))
 
 
 @documents()
