@@ -40,14 +40,14 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
     on_gpu = job.flat.values_P.is_cuda
     compiled, notes = _compiled(settings, on_gpu)
     wanted = settings.gradient_checkpointing
-    if wanted == "auto" and not (on_gpu and ranks.world == 1):
-        wanted = False
+    if wanted == "auto" and (not on_gpu or settings.fsdp):
+        wanted = on_gpu  # a base that is shared out for its size leaves little to measure
     if wanted != "auto":
         arrange(model, compiled, -1 if wanted else 0, offload=wanted == "offload" and on_gpu)
     else:
         layers = len(decoder_layers(model))
         with memory_explained(model, [job], ranks):
-            kept, note = _kept(model, job, compiled, layers) if layers > MORE else (layers, None)
+            kept, note = _kept(model, job, ranks, compiled, layers) if layers > MORE else (layers, None)
         arrange(model, compiled, layers - kept)
         notes += [note] if note else []
     # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded.
@@ -64,10 +64,10 @@ def _compiled(settings: TrainSettings, on_gpu: bool) -> tuple[bool, list[str]]:
     return True, []
 
 
-def _kept(model: nn.Module, job: Job, compiled: bool, layers: int) -> tuple[int, str | None]:
+def _kept(model: nn.Module, job: Job, ranks: Ranks, compiled: bool, layers: int) -> tuple[int, str | None]:
     """How many layers' activations fit beside everything else, in the largest pass of an epoch."""
     step, micro = largest(job)
-    ready = Feed(Passes(model)).ready([job], micro, step - job.step)[1]
+    ready = Feed(Passes(model), ranks).ready([job], micro, step - job.step)[1]
     peaks = []
     for count in (FEWER, FEWER, MORE):  # the first compiles, and chooses kernels
         arrange(model, compiled, layers - count)
@@ -98,8 +98,8 @@ def fitting(fewer: float, more: float, most: float, layers: int) -> int:
 def available() -> int:
     """Bytes of GPU memory that this process may hold: what it has, and what is free under its limit."""
     free, total = torch.cuda.mem_get_info()
-    limit = int(total * torch.cuda.get_per_process_memory_fraction())
-    return min(free + torch.cuda.memory_reserved(), limit)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # younger than torch 2.8
+    return min(free + torch.cuda.memory_reserved(), int(total * fraction))
 
 
 def largest(job: Job) -> tuple[int, int]:
