@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.data.chat import Example
 from veneer.model.layers import Run, decoder_layers
-from veneer.train.fit import FEWER, MORE, fit, fitting, largest
+from veneer.train.fit import FEWER, MORE, SPARE, _kept, fit, fitting, largest
 from veneer.train.ranks import ALONE
 
 
@@ -59,3 +61,62 @@ def test_compiled_where_asked(pico, job, examples):
     made = job(pico, "default", examples(8), torch_compile=True)
     fit(pico, made, made.settings, ALONE)
     assert all(vars(layer)["forward"].compiled for layer in decoder_layers(pico))
+
+
+@pytest.fixture
+def five_layers(job, examples):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "vocab_size": 96}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    return model, job(model, "default", examples(16))
+
+
+def pretend(monkeypatch, peaks: list[float], free: int) -> None:
+    """A GPU whose allocator reaches these peaks, one a pass."""
+    told = iter(peaks)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(told))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0, raising=False)
+
+
+@pytest.mark.parametrize("free, kept", [(10**9, 5), (4 * 10**6, 3), (10**6, 1)])
+def test_measuring_changes_nothing_but_the_arrangement(five_layers, monkeypatch, free, kept):
+    model, made = five_layers
+    values = made.flat.values_P.detach().clone()
+    # 0.5 MB beside the layers, 1 MB of activations each; the optimiser will ask for 8 bytes a parameter more.
+    pretend(monkeypatch, [9e9, 1.5e6, 3.5e6], int((free + 8 * len(made.flat)) / (1 - SPARE)))
+    found, note = _kept(model, made, ALONE, False, 5)
+    assert found == kept
+    assert (note is None) == (kept == 5) and (note is None or f"{5 - kept} of 5 layers" in note)
+    assert torch.equal(made.flat.values_P, values) and not made.flat.grads_P.any() and not made.optimizer.state
+    assert made.step == 0 and made.tokens == 0
+
+
+def test_two_more_layers_that_do_not_fit_are_no_error(five_layers, monkeypatch):
+    model, made = five_layers
+    pretend(monkeypatch, [1e6, 1e6], 10**8)
+    passes = []
+
+    def computed(model, ready):
+        passes.append(ready)
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("veneer.train.fit.computed", computed)
+    assert _kept(model, made, ALONE, False, 5)[0] == FEWER
+
+
+def test_a_pass_that_does_not_fit_is_explained(five_layers, monkeypatch):
+    model, made = five_layers
+    pretend(monkeypatch, [], 10**8)
+
+    def computed(model, ready):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("veneer.train.fit.computed", computed)
+    with pytest.raises(torch.OutOfMemoryError):
+        _kept(model, made, ALONE, False, 5)
+    assert not made.flat.grads_P.any()
