@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ ATTENTION = "veneer_packed"  # our name among transformers' attention implementa
 SHORT = 640
 # Scores a head whose computing takes as long as a bucket's dozen calls (measured: 12 to 14 thousand with 9 heads).
 BUCKET = 12_000
+CUDNN_SIZES = range(8, 129, 8)  # sizes of a head that cuDNN's kernel takes, forward and backward
 
 
 def packed_attention(
@@ -58,7 +60,7 @@ def packed_attention(
 
 def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
     plan = varlen_of(stream)
-    if plan.equal and _cudnn_is_fastest(q_HTD.device.index):
+    if plan.equal and q_HTD.shape[-1] in CUDNN_SIZES and _cudnn_is_fastest(q_HTD.device.index):
         return _equal(q_HTD, k_KTD, v_KTD, plan.equal, scale)
     from torch.nn.attention.varlen import varlen_attn
 
@@ -66,9 +68,17 @@ def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: 
     keys = (x if plan.keys is None else x.float().index_select(1, plan.keys).to(x.dtype) for x in (k_KTD, v_KTD))
     q, k, v = (x.transpose(0, 1) for x in (q_HTD, *keys))
     # Each segment's queries are the last of its keys: the kernel's causal mask is aligned at the end.
-    return varlen_attn(
-        q, k, v, plan.starts, plan.key_starts, plan.longest, plan.longest_keys, scale=scale, window_size=(-1, 0)
-    )
+    settings = {"scale": scale, "window_size": (-1, 0), **_grouped()}
+    return varlen_attn(q, k, v, plan.starts, plan.key_starts, plan.longest, plan.longest_keys, **settings)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _grouped() -> dict[str, bool]:
+    """Leave to share a key-value head among query heads: torch 2.12 asks for it by name, 2.11 takes it as it comes."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def _equal(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, length: int, scale: float) -> Tensor:
@@ -124,6 +134,7 @@ def _repeated(x_KTD: Tensor, q_HTD: Tensor) -> Tensor:
     return x_KTD.repeat_interleave(q_HTD.shape[0] // x_KTD.shape[0], 0)
 
 
+@torch.compiler.disable
 def _segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: float) -> Tensor:
     kv_heads = k_KTD.shape[0]
     buckets = stream.plans.get(kv_heads) or stream.plans.setdefault(kv_heads, Buckets(stream, kv_heads))

@@ -78,6 +78,7 @@ def unswap(model: nn.Module) -> int:
         if isinstance(module, Leaf) and isinstance(module.base, Dense)
     ]
     for path, leaf in leaves:
+        leaf.siblings.remove(leaf)
         linear = nn.Linear(leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta")
         linear.weight, linear.bias = leaf.base.weight, leaf.base.bias
         linear.train(leaf.training)

@@ -32,15 +32,14 @@ def numbered(leaf: Leaf) -> Tensor:
     """A number for the leaf, as a tensor: by an int, each layer would be compiled anew."""
     number = next(_next)
     _NUMBERED[number] = leaf
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")  # whatever the default device: it is read while a graph is recorded
 
 
 def traced(leaf: Leaf, x: Tensor) -> Tensor:
     """The output (..., O) of `leaf` for x (..., I), while a layer is being compiled."""
-    wiring = leaf.wiring
-    slot = wiring.voice if wiring.stream is None else wiring.whole
-    if slot is None or slot not in leaf.slots:
-        return leaf.base.linear(x)
+    wiring, slot = leaf.wiring, leaf.wiring.whole
+    if slot not in leaf.slots:
+        return _bare(leaf, x.reshape(-1, leaf.in_features)).view(*x.shape[:-1], leaf.out_features)
     if not isinstance(leaf.slots[slot], LoRA):
         return _by_delta(leaf, x, slot)
     family = _family(leaf, slot)
@@ -64,10 +63,56 @@ def _family(leaf: Leaf, slot: str) -> list[Leaf]:
 
 def _by_delta(leaf: Leaf, x: Tensor, slot: str) -> Tensor:
     x_TI = x.reshape(-1, leaf.in_features)
-    y_TO = leaf.base.linear(x_TI)
+    y_TO = _bare(leaf, x_TI)
     bare_TO = y_TO if leaf.bias is None else y_TO - leaf.bias.to(y_TO.dtype)
     y_TO = y_TO + leaf.slots[slot].delta(x_TI, bare_TO, leaf.base)
     return y_TO.view(*x.shape[:-1], leaf.out_features)
+
+
+def _bare(leaf: Leaf, x_TI: Tensor) -> Tensor:
+    """x W' + bias alone."""
+    y_TO = frozen_product(x_TI, leaf.number, leaf.out_features)
+    return y_TO if leaf.bias is None else y_TO + leaf.bias.to(y_TO.dtype)
+
+
+@torch.library.custom_op(
+    "veneer::frozen_product", mutates_args=(), schema="(Tensor x, Tensor number, int out) -> Tensor"
+)
+def frozen_product(x: Tensor, number: Tensor, out: int) -> Tensor:
+    """x W' (T, O) of a leaf: as an operation, because the compiler would keep a decoded W for backward."""
+    return _NUMBERED[int(number)].base.matmul(x)
+
+
+@frozen_product.register_fake
+def _(x: Tensor, number: Tensor, out: int) -> Tensor:
+    return x.new_empty(x.shape[0], out)
+
+
+@torch.library.custom_op(
+    "veneer::frozen_product_backward", mutates_args=(), schema="(Tensor g, Tensor number, int inside) -> Tensor"
+)
+def frozen_product_backward(g: Tensor, number: Tensor, inside: int) -> Tensor:
+    """g W (T, I)."""
+    return _NUMBERED[int(number)].base.matmul_t(g.contiguous())
+
+
+@frozen_product_backward.register_fake
+def _(g: Tensor, number: Tensor, inside: int) -> Tensor:
+    return g.new_empty(g.shape[0], inside)
+
+
+def _keep_number(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, number, _ = inputs
+    ctx.save_for_backward(number)
+    ctx.inside = x.shape[1]
+
+
+def _frozen_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    (number,) = ctx.saved_tensors
+    return frozen_product_backward(g, number, ctx.inside), None, None
+
+
+frozen_product.register_autograd(_frozen_backward, setup_context=_keep_number)
 
 
 def _pieces(x_TI: Tensor, scales: list[float]) -> list[Piece]:

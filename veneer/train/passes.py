@@ -128,7 +128,8 @@ def shape_of(ready: Pass) -> Shape | None:
     plan, sequences = varlen_of(stream), len(stream.sequences)
     if plan.equal:
         # Every segment has a place of its own in the kernel's grid: as many as there are.
-        return Shape(slot, tokens, _up(len(ready.targets.rows_M)), sequences, sequences, plan.longest, plan.equal)
+        segments = len(stream.lengths)  # what fills the stream up may be one of them
+        return Shape(slot, tokens, _up(len(ready.targets.rows_M)), sequences, segments, plan.longest, plan.equal)
     segments, longest = _power(len(stream.lengths)), min(tokens, _power(plan.longest))
     return Shape(slot, tokens, _up(len(ready.targets.rows_M)), _power(sequences), segments, longest, 0)
 
