@@ -194,6 +194,11 @@ def test_no_words_are_a_bug(words: list[str]) -> None:
         parse(words, COMMAND)
 
 
+def test_a_word_that_a_flag_does_not_know() -> None:
+    with pytest.raises(ConfigError, match="--gradient-checkpointing: got unsloth, wanted true or false or auto or off"):
+        train("--gradient-checkpointing", "unsloth")
+
+
 @pytest.mark.parametrize(
     "words, wanted",
     [

@@ -46,7 +46,7 @@ class Letters:
         return [text(messages) for messages in batch]
 
 
-LOADED = SimpleNamespace(model="the model", tokenizer=Letters(), name="stub")
+LOADED = SimpleNamespace(model="the model", tokenizer=Letters(), name="stub", storage="dense float32")
 
 
 def answering(**right):

@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.data.chat import Example
 from veneer.model.layers import Run, decoder_layers
-from veneer.train.fit import FEWER, MORE, SPARE, _kept, fit, fitting, largest
+from veneer.train.feed import Feed
+from veneer.train.fit import FEWER, MORE, SPARE, Measured, _kept, fit, fitting, largest
+from veneer.train.passes import Passes
 from veneer.train.ranks import ALONE
 
 
@@ -88,11 +90,28 @@ def test_measuring_changes_nothing_but_the_arrangement(five_layers, monkeypatch,
     values = made.flat.values_P.detach().clone()
     # 0.5 MB beside the layers, 1 MB of activations each; the optimiser will ask for 8 bytes a parameter more.
     pretend(monkeypatch, [9e9, 1.5e6, 3.5e6], int((free + 8 * len(made.flat)) / (1 - SPARE)))
-    found, note = _kept(model, made, ALONE, False, 5)
+    found, note = _kept(Measured(model, made, ALONE, False), False, 5)
     assert found == kept
     assert (note is None) == (kept == 5) and (note is None or f"{5 - kept} of 5 layers" in note)
     assert torch.equal(made.flat.values_P, values) and not made.flat.grads_P.any() and not made.optimizer.state
     assert made.step == 0 and made.tokens == 0
+
+
+def test_what_is_measured_is_packed_as_the_run_packs_it(five_layers, monkeypatch):
+    model, made = five_layers
+    pretend(monkeypatch, [1.0], 10**8)
+    step, micro = largest(made)
+    ready = Measured(model, made, ALONE, True).ready
+    wanted = Feed(Passes(model, True)).ready([made], micro, step)[1]
+    assert torch.equal(ready.stream.token_ids_T, wanted.stream.token_ids_T)
+
+
+@pytest.mark.parametrize("peak, twice", [(4e6, True), (6e6, False)])
+def test_graphs_need_the_activations_memory_twice(five_layers, monkeypatch, peak, twice):
+    model, made = five_layers
+    pretend(monkeypatch, [1.0, peak], int((10**7 + 8 * len(made.flat)) / (1 - SPARE)) + 9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    assert Measured(model, made, ALONE, False).fits_twice() is twice
 
 
 def test_two_more_layers_that_do_not_fit_are_no_error(five_layers, monkeypatch):
@@ -106,10 +125,10 @@ def test_two_more_layers_that_do_not_fit_are_no_error(five_layers, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("veneer.train.fit.computed", computed)
-    assert _kept(model, made, ALONE, False, 5)[0] == FEWER
+    assert _kept(Measured(model, made, ALONE, False), False, 5)[0] == FEWER
 
 
-def test_a_pass_that_does_not_fit_is_explained(five_layers, monkeypatch):
+def test_a_pass_that_does_not_fit_is_an_error(five_layers, monkeypatch):
     model, made = five_layers
     pretend(monkeypatch, [], 10**8)
 
@@ -118,5 +137,5 @@ def test_a_pass_that_does_not_fit_is_explained(five_layers, monkeypatch):
 
     monkeypatch.setattr("veneer.train.fit.computed", computed)
     with pytest.raises(torch.OutOfMemoryError):
-        _kept(model, made, ALONE, False, 5)
+        Measured(model, made, ALONE, False)
     assert not made.flat.grads_P.any()

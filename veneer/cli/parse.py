@@ -95,7 +95,8 @@ class _Line:
         negated = name not in self.known and positive != name and self._is_flag(positive)
         if self._is_flag(positive if negated else name):
             flag = positive if negated else name
-            follows = words and words[0].lower() in _YES_NO.union(() if negated else self._words(flag))
+            chooses = bool(self._words(flag)) and not negated  # then a word that follows is meant as one of them
+            follows = words and (words[0].lower() in _YES_NO or (chooses and not _starts_something_else(words[0])))
             text = value if equals else words.popleft() if follows else "true"
             self._flag(flag, text, negated)
         elif equals or (words and not words[0].startswith("--")):
@@ -153,6 +154,10 @@ class _Line:
         if words and not words[0].startswith("-"):
             words.popleft()
         return f"unknown option {word}; write {kebab(name)}"
+
+
+def _starts_something_else(word: str) -> bool:
+    return word.startswith("-") or word.endswith((".yaml", ".yml"))
 
 
 def _is_number(word: str) -> bool:

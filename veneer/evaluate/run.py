@@ -147,6 +147,7 @@ def evaluate(
     scores, differences = _scored(metrics, list(slots), samples, nll, seed)
     settings = {
         "base_model": loaded.name,
+        "storage": loaded.storage,
         "dataset": where,
         "slots": dict(slots),
         "max_length": max_length,

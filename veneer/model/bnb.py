@@ -29,6 +29,11 @@ def stored_as(name: str, quantization: Any) -> str | None:
     """
     if quantization is None:
         return None
+    if not isinstance(quantization, Mapping) and not hasattr(quantization, "to_dict"):
+        raise ModelError(
+            f"quantization_config in the config.json of {name} is {quantization!r}; wanted an object. "
+            "Next: download the checkpoint again, or name the original model"
+        )
     facts = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
     kind = _format(facts)
     if kind == "bitsandbytes nf4":

@@ -45,8 +45,22 @@ def probe(model: nn.Module) -> None:
     wiring_of(model).probed = True
     faults = _faults(packed, nll, alone, sequences, model.dtype)
     if faults:
+        _check_finite(model)
         wiring_of(model).fault = "; ".join(faults)
         raise ModelError(f"models of the family {family!r} are not supported: {'; '.join(faults)}")
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ModelError with the weights that are not numbers: then nothing else can be said of the family."""
+    broken = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.itemsize > 1 and not weight.isfinite().all()
+    ]
+    if broken:
+        raise ModelError(
+            f"{len(broken)} weights hold NaN or infinity, {broken[0]} first; check the checkpoint, or download it again"
+        )
 
 
 def _sequences(vocabulary: int) -> list[list[int]]:

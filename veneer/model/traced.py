@@ -38,7 +38,7 @@ def numbered(leaf: Leaf) -> Tensor:
 def traced(leaf: Leaf, x: Tensor) -> Tensor:
     """The output (..., O) of `leaf` for x (..., I), while a layer is being compiled."""
     wiring, slot = leaf.wiring, leaf.wiring.whole
-    if slot not in leaf.slots:
+    if slot is None or slot not in leaf.slots:
         return _bare(leaf, x.reshape(-1, leaf.in_features)).view(*x.shape[:-1], leaf.out_features)
     if not isinstance(leaf.slots[slot], LoRA):
         return _by_delta(leaf, x, slot)

@@ -22,6 +22,7 @@ from veneer.train.ranks import Ranks
 
 SPARE = 0.06  # of the memory is left over: blocks that no tensor fits, passes of other shapes
 MOMENTS = 8  # bytes a parameter that the optimiser asks for at its first step
+HALF = (torch.bfloat16, torch.float16)
 FEWER, MORE = 1, 3  # layers whose activations the two passes keep
 
 
@@ -37,21 +38,28 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
 
     Raises NotEnoughMemoryError where the largest pass of an epoch does not fit even with all layers computed twice.
     """
-    on_gpu = job.flat.values_P.is_cuda
+    on_gpu, layers = job.flat.values_P.is_cuda, len(decoder_layers(model))
     compiled, notes = _compiled(settings, on_gpu)
     wanted = settings.gradient_checkpointing
     if wanted == "auto" and (not on_gpu or settings.fsdp):
         wanted = on_gpu  # a base that is shared out for its size leaves little to measure
-    if wanted != "auto":
-        arrange(model, compiled, -1 if wanted else 0, offload=wanted == "offload" and on_gpu)
+    # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded; attention in float32
+    # is computed by the lengths of each stream.
+    recordable = compiled and not settings.fsdp and wanted != "offload" and model.dtype in HALF
+    measure = wanted == "auto" and layers > MORE and not job.done
+    if measure:
+        arrange(model, compiled, layers - FEWER)
     else:
-        layers = len(decoder_layers(model))
-        with memory_explained(model, [job], ranks):
-            kept, note = _kept(model, job, ranks, compiled, layers) if layers > MORE else (layers, None)
-        arrange(model, compiled, layers - kept)
-        notes += [note] if note else []
-    # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded.
-    return Fitted(compiled and on_gpu and not settings.fsdp and wanted != "offload", notes)
+        arrange(model, compiled, -1 if wanted and wanted != "auto" else 0, offload=wanted == "offload" and on_gpu)
+    if not on_gpu or settings.fsdp or job.done:
+        return Fitted(False, notes)
+    with memory_explained(model, [job], ranks):
+        measured = Measured(model, job, ranks, recordable)
+        if measure:
+            kept, note = _kept(measured, compiled, layers)
+            arrange(model, compiled, layers - kept)
+            notes += [note] if note else []
+        return Fitted(recordable and measured.fits_twice(), notes)
 
 
 def _compiled(settings: TrainSettings, on_gpu: bool) -> tuple[bool, list[str]]:
@@ -64,28 +72,52 @@ def _compiled(settings: TrainSettings, on_gpu: bool) -> tuple[bool, list[str]]:
     return True, []
 
 
-def _kept(model: nn.Module, job: Job, ranks: Ranks, compiled: bool, layers: int) -> tuple[int, str | None]:
-    """How many layers' activations fit beside everything else, in the largest pass of an epoch."""
-    step, micro = largest(job)
-    ready = Feed(Passes(model), ranks).ready([job], micro, step - job.step)[1]
-    peaks = []
-    for count in (FEWER, FEWER, MORE):  # the first compiles, and chooses kernels
-        arrange(model, compiled, layers - count)
+class Measured:
+    """The largest pass of an epoch, to be computed for its memory; gradients are cleared again."""
+
+    def __init__(self, model: nn.Module, job: Job, ranks: Ranks, graphs: bool) -> None:
+        self.model, self.job = model, job
+        step, micro = largest(job)
+        # As the run will pack it: rounded up where it is to be recorded.
+        self.ready = Feed(Passes(model, graphs), ranks).ready([job], micro, step - job.step)[1]
+        self.most = available() * (1 - SPARE) - MOMENTS * len(job.flat)
+        self.peak()  # compiles, and chooses kernels
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ready.stream.positions_T)
+
+    def peak(self) -> float:
+        """Bytes held at most, as the layers are arranged now."""
         torch.cuda.reset_peak_memory_stats()
         try:
-            computed(model, ready)
-        except torch.OutOfMemoryError:
-            if count == FEWER:
-                raise
-            peaks.append(float("inf"))
-            continue
+            computed(self.model, self.ready)
         finally:
-            job.flat.grads_P.zero_()
-        peaks.append(float(torch.cuda.max_memory_allocated()))
+            self.job.flat.grads_P.zero_()
+        return float(torch.cuda.max_memory_allocated())
+
+    def fits_twice(self) -> bool:
+        """Whether activations have room twice: a graph's memory is its own, and passes of other shapes need theirs."""
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated()
+        return held + 2 * (self.peak() - held) <= self.most
+
+
+def _kept(measured: Measured, compiled: bool, layers: int) -> tuple[int, str | None]:
+    """How many layers' activations fit beside everything else, and what to say of it."""
+    fewer = measured.peak()  # as `fit` has arranged them
+    arrange(measured.model, compiled, layers - MORE)
+    try:
+        more = measured.peak()
+    except torch.OutOfMemoryError:
+        more = float("inf")
     torch.cuda.empty_cache()
-    most = available() * (1 - SPARE) - MOMENTS * len(job.flat)
-    return fitting(peaks[1], peaks[2], most, layers), _told(
-        peaks[1], peaks[2], most, layers, len(ready.stream.positions_T)
+    kept, each = fitting(fewer, more, measured.most, layers), (more - fewer) / (MORE - FEWER)
+    if kept == layers:
+        return kept, None
+    return kept, (
+        f"{layers - kept} of {layers} layers are computed twice: at {measured.tokens:,} tokens the activations of one "
+        f"take {each / 2**30:.2f} GiB, and {max(0.0, measured.most - fewer) / 2**30:.1f} GiB are free for them"
     )
 
 
@@ -113,13 +145,3 @@ def largest(job: Job) -> tuple[int, int]:
             if tokens > most:
                 most, where = tokens, (step, micro // size)
     return where
-
-
-def _told(fewer: float, more: float, most: float, layers: int, tokens: int) -> str | None:
-    kept, each = fitting(fewer, more, most, layers), (more - fewer) / (MORE - FEWER)
-    if kept == layers:
-        return None
-    return (
-        f"{layers - kept} of {layers} layers are computed twice: at {tokens:,} tokens the activations of one take "
-        f"{each / 2**30:.2f} GiB, and {max(0.0, most - fewer) / 2**30:.1f} GiB are free for them"
-    )

@@ -95,14 +95,18 @@ class Passes:
             del self.held[waiting[0]]
 
     def _record(self, held: Recorded) -> None:
+        stream = torch.cuda.current_stream()
         try:
             self.pool = held.record(self.pool)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # something in this model cannot be recorded; nothing has been computed yet
-            self.graphs, why = False, str(error).strip().splitlines()[0]
-            warnings.warn(f"passes are launched kernel by kernel, perhaps slower: {why}", UserWarning, stacklevel=3)
-            torch.cuda.synchronize()
+        except RuntimeError as error:  # it does not fit, or cannot be recorded; nothing has been computed yet
+            torch.cuda.set_stream(stream)  # a recording that fails at its end leaves its own in place
+            self.graphs = False
+            cause = str(error.__context__ or error).strip() or type(error).__name__
+            warnings.warn(
+                f"passes are launched kernel by kernel, perhaps slower: {cause.splitlines()[0]}",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def computed(model: nn.Module, ready: Pass) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from veneer.adapter.attach import attach, methods_of, take
 from veneer.config import RunConfig, write_yaml
 from veneer.errors import ConfigError
 from veneer.lowrank import norm
+from veneer.model.layers import as_they_were
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
+from veneer.model.quantised import Way, check_way
 from veneer.train import checkpoint
 from veneer.train.allocator import keep_freed_memory
 from veneer.train.fit import fit
@@ -39,7 +42,6 @@ FREE = (
     "save_steps",
     "save_total_limit",
     "gradient_checkpointing",
-    "torch_compile",
     "fsdp",
 )
 # or, as long as their product is the same, only the rounding of its sums.
@@ -70,6 +72,7 @@ class TrainResult:
 
 def plan(config: RunConfig) -> dict[str, Any]:
     """What `train` would do, without loading weights."""
+    _check_machine(config)
     data = read_data(config, load_tokenizer(config.base_model))
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, load_config(config.base_model), steps)
@@ -92,7 +95,7 @@ def train(
 
 def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | None, ranks: Ranks) -> TrainResult:
     keep_freed_memory()
-    check_optimizer(config.train.optim)
+    _check_machine(config)
     check_shardable(config.train.fsdp, ranks)
     say = Console(stderr=True, highlight=False, quiet=not progress).print
     output, notes = Path(config.output_dir), []
@@ -113,20 +116,28 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
     identity = _identity(config, loaded, rate)
     notes += [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
-    notes += [*_sharing(job, ranks), *_start(output, config, [job], identity, resume, ranks)]
+    notes += [
+        *_slow_storage(loaded.model, loaded),
+        *_sharing(job, ranks),
+        *_start(output, config, [job], identity, resume, ranks),
+    ]
     for note in notes:
         say(f"note: {note}")
-    graphs, fitted = fit(loaded.model, job, config.train, ranks)
-    for note in fitted:
-        say(f"note: {note}")
-    notes += fitted
 
     def save(jobs: Sequence[Job]) -> None:
         if ranks.is_main:
             checkpoint.save(output, jobs, identity, config.train.save_total_limit, ranks.world)
 
-    with Recorder(output, [job], progress, ranks.is_main) as record:
-        loop(loaded.model, [job], record=record, save=save, ranks=ranks, graphs=graphs)
+    try:
+        with _current(job.flat.values_P.device):
+            graphs, fitted = fit(loaded.model, job, config.train, ranks)
+            for note in fitted:
+                say(f"note: {note}")
+            with Recorder(output, [job], progress, ranks.is_main) as record:
+                loop(loaded.model, [job], record=record, save=save, ranks=ranks, graphs=graphs)
+    finally:
+        as_they_were(loaded.model)
+    notes += fitted
     notes += _verdict(job)
     result = _result(config, job, notes)
     facts = {
@@ -141,6 +152,34 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
         adapter.save(output)
     ranks.barrier()  # so that every process finds the adapter written
     return result
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Inside, what asks for the current GPU (its memory, its streams) means this one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _check_machine(config: RunConfig) -> None:
+    """Raises ConfigError or ModelError where this machine lacks what the options ask for."""
+    check_optimizer(config.train.optim)
+    on_gpu = torch.cuda.is_available()
+    if config.storage == "fp8" and config.train.fsdp:
+        raise ConfigError("--load-in-fp8 is not shared out by --fsdp; next: --load-in-8bit, or leave --fsdp out")
+    check_way(Way(config.storage, torch.bfloat16, torch.device("cuda" if on_gpu else "cpu")))
+    if config.train.gradient_checkpointing == "offload" and not on_gpu:
+        raise ConfigError(
+            "--gradient-checkpointing offload moves what a GPU holds to the host, and torch sees no GPU; "
+            "next: --gradient-checkpointing"
+        )
+
+
+def _slow_storage(model: PreTrainedModel, loaded: Loaded) -> list[str]:
+    if model.device.type != "cpu" or loaded.storage.startswith("dense"):
+        return []
+    return [
+        f"the base is stored as {loaded.storage} and decoded for every product: on a CPU that saves memory and takes "
+        "several times as long"
+    ]
 
 
 def _check_recompute(model: PreTrainedModel, wanted: bool | str) -> None:
