@@ -43,7 +43,7 @@ def ready(model, lengths, seed=0, graphs=True):
     rows = [torch.randint(320, (length,), generator=generator).tolist() for length in lengths]
     trained, slots = [[i % 3 != 1 for i in range(n)] for n in lengths], ["default"] * len(rows)
     weights = [1.0 / (i + 2) for i in range(len(rows))]
-    return Passes(model, graphs).ready(rows, trained, weights, slots, torch.device("cuda"), {})
+    return Passes(model, graphs).ready(rows, trained, weights, slots, {})
 
 
 def gradients(model, run):

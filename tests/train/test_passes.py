@@ -46,7 +46,7 @@ def ready(model, lengths, seed=0, graphs=True, dropout=None) -> Pass:
     rows = [torch.randint(90, (length,), generator=generator).tolist() for length in lengths]
     trained = [[i % 3 != 1 for i in range(length)] for length in lengths]
     slots, weights = ["default"] * len(rows), [1.0 / (i + 2) for i in range(len(rows))]
-    return Passes(model, graphs).ready(rows, trained, weights, slots, torch.device("cpu"), dropout or {})
+    return Passes(model, graphs).ready(rows, trained, weights, slots, dropout or {})
 
 
 def gradients(model, given: Pass):
@@ -97,16 +97,16 @@ def test_what_fills_a_stream_up_may_be_as_long_as_a_row(adapted, rows, length):
 
 def test_what_a_graph_cannot_hold(adapted):
     rows = [list(range(40)), [*list(range(40)), 1, 2]]
-    parts = ([[True] * 40, [True] * 42], [1.0, 1.0], ["default"] * 2, torch.device("cpu"))
+    parts = ([[True] * 40, [True] * 42], [1.0, 1.0], ["default"] * 2)
     assert shape_of(Passes(adapted, True).ready(rows, *parts, {})) is None  # most tokens are shared
     assert shape_of(ready(adapted, [5, 6], dropout={"default": 1})) is None
-    mixed = Passes(adapted, True).ready([[1, 2], [3]], [[True] * 2, [True]], [1.0, 1.0], ["default", "x"], "cpu", {})
+    mixed = Passes(adapted, True).ready([[1, 2], [3]], [[True] * 2, [True]], [1.0, 1.0], ["default", "x"], {})
     assert shape_of(mixed) is None
 
 
 def test_little_in_common_is_not_shared_where_graphs_are_recorded(adapted):
     rows = [list(range(20)) + [i] * 200 for i in range(3)]
-    parts = ([[True] * 220] * 3, [1.0] * 3, ["default"] * 3, torch.device("cpu"), {})
+    parts = ([[True] * 220] * 3, [1.0] * 3, ["default"] * 3, {})
     assert Passes(adapted, False).ready(rows, *parts).stream.branches
     assert not Passes(adapted, True).ready(rows, *parts).stream.branches
 

@@ -56,8 +56,7 @@ class Feed:
         targets = {job.slot: job.targets_of_step(later) for job in jobs}
         sequences, trained = zip(*((example.input_ids, example.targets) for _, example in batch), strict=True)
         weights, slots = [1.0 / targets[job.slot] for job, _ in batch], [job.slot for job, _ in batch]
-        device = jobs[0].flat.values_P.device
-        return batch, self.passes.ready(sequences, trained, weights, slots, device, keys)
+        return batch, self.passes.ready(sequences, trained, weights, slots, keys)
 
 
 def _micros(jobs: Sequence[Job]) -> int:

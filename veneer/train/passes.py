@@ -10,8 +10,9 @@ slots, dropout, sequences that share their beginnings, a sharded base) is launch
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,15 +63,22 @@ class Passes:
         trained: Sequence[Sequence[bool]],
         weights: Sequence[float],
         slots: Sequence[str],
-        device: torch.device,
         dropout_keys: dict[str, int],
     ) -> Pass:
-        """Packs a micro-batch. It is rounded up to a shape that may come back where graphs are recorded."""
+        """Packs a micro-batch, on the CPU: to copy it would wait for what the GPU computes now. It is rounded up to a
+        shape that may come back where graphs are recorded."""
         tokens = sum(map(len, sequences))
-        stream = pack(sequences, slots, device, dropout_keys, share=True, multiple=EVEN)
+        stream = pack(sequences, slots, "cpu", dropout_keys, share=True, multiple=EVEN)
         if self.graphs and len(stream.token_ids_T) > (1 - SAVES) * tokens:
-            stream = pack(sequences, slots, device, dropout_keys, multiple=grain(tokens))
-        return Pass(stream, targets_of(stream, trained), torch.tensor(weights, device=device))
+            stream = pack(sequences, slots, "cpu", dropout_keys, multiple=grain(tokens))
+        made = Pass(stream, targets_of(stream, trained), torch.tensor(weights))
+        if _device(self.model).type == "cpu":
+            return made
+        made = each(made, Tensor.pin_memory)
+        if self.graphs and not stream.branches:  # what `fill` will copy of the plan
+            plan = varlen_of(made.stream)
+            made.stream.plans["varlen"] = plan._replace(starts=plan.starts.pin_memory())
+        return made
 
     def __call__(self, ready: Pass) -> Tensor:
         """Adds the gradients to the adapters'; returns each sequence's weighted loss (N)."""
@@ -79,7 +87,7 @@ class Passes:
             return computed(self.model, ready)
         if shape not in self.held:
             self._make_room()
-            self.held[shape] = Recorded(self.model, buffers(shape, ready.stream.token_ids_T.device))
+            self.held[shape] = Recorded(self.model, buffers(shape, _device(self.model)))
         held = self.held[shape]
         if held.graph is None and held.passes >= SEEN and self._recorded() < GRAPHS:
             self._record(held)
@@ -110,12 +118,26 @@ class Passes:
 
 
 def computed(model: nn.Module, ready: Pass) -> Tensor:
-    """A pass launched kernel by kernel."""
+    """A pass launched kernel by kernel, where the model is."""
+    device = _device(model)
+    if ready.stream.token_ids_T.device != device:
+        ready = each(ready, lambda tensor: tensor.to(device, non_blocking=True))
     with running(model, ready.stream):
         sums_N, _ = cross_entropy(model, ready.stream, ready.targets)
         losses_N = sums_N * ready.weights_N
         losses_N.sum().backward()
     return losses_N.detach()
+
+
+def each(ready: Pass, change: Callable[[Tensor], Tensor]) -> Pass:
+    """The pass with all its tensors changed; what was planned of its stream is planned anew."""
+    ids_T, positions_T = change(ready.stream.token_ids_T), change(ready.stream.positions_T)
+    stream = dataclasses.replace(ready.stream, token_ids_T=ids_T, positions_T=positions_T)
+    return Pass(stream, Targets(*map(change, ready.targets)), change(ready.weights_N))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def grain(tokens: int) -> int:
@@ -190,15 +212,15 @@ def buffers(shape: Shape, device: torch.device) -> Pass:
 
 def fill(here: Pass, ready: Pass) -> None:
     """Copies a pass into buffers of its shape; targets beyond its own belong to a sequence that weighs nothing."""
-    here.stream.token_ids_T.copy_(ready.stream.token_ids_T)
-    here.stream.positions_T.copy_(ready.stream.positions_T)
+    here.stream.token_ids_T.copy_(ready.stream.token_ids_T, non_blocking=True)
+    here.stream.positions_T.copy_(ready.stream.positions_T, non_blocking=True)
     tokens, starts = len(ready.stream.token_ids_T), varlen_of(ready.stream).starts
     for held in varlen_of(here.stream)[:2]:  # of queries and keys, which are the same where nothing is shared
-        held[: len(starts)].copy_(starts)
+        held[: len(starts)].copy_(starts, non_blocking=True)
         held[len(starts) :].fill_(tokens)
     count, nobody = len(ready.targets.rows_M), len(here.weights_N) - 1
     for buffer, value, rest in zip(here.targets, ready.targets, (0, 0, nobody), strict=True):
-        buffer[:count].copy_(value)
+        buffer[:count].copy_(value, non_blocking=True)
         buffer[count:].fill_(rest)
-    here.weights_N[: len(ready.weights_N)].copy_(ready.weights_N)
+    here.weights_N[: len(ready.weights_N)].copy_(ready.weights_N, non_blocking=True)
     here.weights_N[len(ready.weights_N) :].zero_()
