@@ -321,7 +321,6 @@ def test_out_of_memory(llama: Path, error: Exception) -> None:
         refused(llama, "does not fit", "nf4 float32", "--bnb-4bit-use-double-quant", "smaller base", dtype="float32")
 
 
-@pytest.mark.skipif("fp8" not in BASES, reason="this build has no fp8")
 def test_fp8_where_nothing_multiplies_it(llama: Path) -> None:
     refused(llama, "fp8 needs a GPU", "the CPU", "--load-in-8bit", storage="fp8", device="cpu")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from veneer.config import TrainSettings
 from veneer.model.layers import arrange, decoder_layers
+from veneer.model.probe import HALF
 from veneer.train.feed import Feed
 from veneer.train.job import Job
 from veneer.train.memory import memory_explained
@@ -22,7 +23,6 @@ from veneer.train.ranks import Ranks
 
 SPARE = 0.06  # of the memory is left over: blocks that no tensor fits, passes of other shapes
 MOMENTS = 8  # bytes a parameter that the optimiser asks for at its first step
-HALF = (torch.bfloat16, torch.float16)
 FEWER, MORE = 1, 3  # layers whose activations the two passes keep
 
 
@@ -51,7 +51,7 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
         arrange(model, compiled, layers - FEWER)
     else:
         arrange(model, compiled, -1 if wanted and wanted != "auto" else 0, offload=wanted == "offload" and on_gpu)
-    if not on_gpu or settings.fsdp or job.done:
+    if not on_gpu or settings.fsdp or job.done or not (measure or recordable):
         return Fitted(False, notes)
     with memory_explained(model, [job], ranks):
         measured = Measured(model, job, ranks, recordable)
