@@ -34,7 +34,7 @@ def run(spec: Spec, started: float) -> dict[str, Any]:
         return meter.result(spec.batch * spec.sequence, moments)
     except Exception as error:
         if out_of_memory(error):
-            return {"oom": str(error).splitlines()[0], "steps_done": len(meter.seconds), **meter.memory()}
+            return {"oom": str(error).splitlines()[0], "steps_done": len(meter.marks), **meter.memory()}
         tail = traceback.format_exc().strip().splitlines()[-12:]
         return {"failed": f"{type(error).__name__}: {error}", "traceback": tail, "torch": torch.__version__}
 

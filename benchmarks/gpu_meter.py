@@ -32,10 +32,11 @@ class Meter:
     def __init__(self, started: float) -> None:
         self.started = started  # time.time() at which the driver started this process
         self.driver = DriverMemory()
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
+        self.marks: list[Any] = []  # of each step, see `step`
+        self.losses: list[float | Tensor] = []
         self.facts: dict[str, Any] = {}
         self.begun = 0.0
+        self.start: Any = None
 
     def ready(self, trained: Sequence[Tensor], **facts: Any) -> None:
         """The model stands, adapters and optimiser too; the first step comes next."""
@@ -51,27 +52,31 @@ class Meter:
         }
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.begun = time.perf_counter()
+        self.begun, self.start = time.perf_counter(), _mark()
 
-    def step(self, loss: float | Tensor) -> None:
-        """A step has ended. The time since the last ended is the step's: its data and its optimiser included."""
-        settle()
-        now = time.perf_counter()
-        self.seconds.append(now - self.begun)
-        self.losses.append(float(loss))
-        if len(self.seconds) == 1:
-            self.facts["first_step_seconds"] = self.seconds[0]
+    def step(self, loss: float | Tensor, seconds: float | None = None) -> None:
+        """A step has ended, or been launched. Its time is that since the last one: its data and optimiser included.
+
+        seconds: by the system's own clock; None: the device takes the time, and nobody waits for it here.
+        """
+        self.losses.append(loss)
+        self.marks.append(_mark() if seconds is None else seconds)
+        if len(self.marks) == 1:
+            settle()
+            self.facts["first_step_seconds"] = time.perf_counter() - self.begun
             self.facts["start_to_first_step_seconds"] = time.time() - self.started
-        self.begun = time.perf_counter()
 
     def result(self, tokens_per_step: int, moments: Sequence[Tensor] = ()) -> dict[str, Any]:
         """All figures of the run."""
-        timed = self.seconds[warm_up(len(self.seconds)) :]
+        settle()
+        pairs = zip([self.start, *self.marks], self.marks, strict=False)
+        seconds = [after if isinstance(after, float) else _between(before, after) for before, after in pairs]
+        timed = seconds[warm_up(len(seconds)) :]
         return {
             "tokens_per_second": tokens_per_step / median(timed),
             "step_seconds": median(timed),
-            "all_step_seconds": self.seconds,
-            "losses": self.losses,
+            "all_step_seconds": seconds,
+            "losses": [float(loss) for loss in self.losses],
             **self.facts,
             "moment_dtypes": dtypes(moments),
             **self.memory(),
@@ -86,6 +91,20 @@ class Meter:
             "driver_gib": self.driver.peak() / GIB,
             "host_gib": _host_peak_kib() / 2**20,
         }
+
+
+def _mark() -> Any:
+    """A point in time on the device's own clock; without a device, on ours."""
+    if not torch.cuda.is_available():
+        return (time.perf_counter(),)
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(before: Any, after: Any) -> float:
+    """Seconds from one mark to another."""
+    return after[0] - before[0] if isinstance(after, tuple) else before.elapsed_time(after) / 1e3
 
 
 class DriverMemory:

@@ -26,7 +26,7 @@ def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
     loop(
         model,
         [job],
-        record=lambda _, facts: meter.step(facts["loss"]),
+        record=lambda _, facts: meter.step(facts["loss"], facts["seconds"]),
         save=lambda _: None,
         graphs=spec.compile and spec.recompute != "offload",
     )

@@ -26,7 +26,7 @@ class Told:
     def ready(self, trained: Any, **facts: Any) -> None:
         self.trained = sum(tensor.numel() for tensor in trained)
 
-    def step(self, loss: Any) -> None:
+    def step(self, loss: Any, seconds: float | None = None) -> None:
         self.losses.append(float(loss))
 
 

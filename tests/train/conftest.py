@@ -68,15 +68,17 @@ def job() -> Callable[..., Job]:
 def run_loop() -> Callable[..., list[tuple[str, int, dict]]]:
     """run_loop(model, *jobs, watch=None): trains to the end; the facts as (slot, step, facts), `watch` sees each."""
 
-    def run(model: Any, *jobs: Job, watch: Callable[[Job, dict], None] | None = None) -> list[tuple[str, int, dict]]:
+    def run(
+        model: Any, *jobs: Job, watch: Callable[[Job, dict], None] | None = None, ahead: bool = False
+    ) -> list[tuple[str, int, dict]]:
         facts_of: list[tuple[str, int, dict]] = []
 
         def record(job: Job, facts: dict) -> None:
-            facts_of.append((job.slot, job.step, facts))
+            facts_of.append((job.slot, facts["step"], facts))
             if watch is not None:
                 watch(job, facts)
 
-        loop(model, jobs, record=record, save=lambda jobs: None)
+        loop(model, jobs, record=record, save=lambda jobs: None, ahead=ahead)
         return facts_of
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from veneer.config import TrainSettings
 from veneer.errors import CheckpointError
 from veneer.train.job import total_steps
+
+FINITE = torch.tensor(1.0)
+bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
 @pytest.mark.parametrize(
@@ -44,8 +48,8 @@ def test_update_clips_steps_and_clears(pico: Any, job: Any, examples: Any) -> No
     one = job(pico, "one", examples(4), learning_rate=0.1, warmup_steps=0, max_grad_norm=0.5)
     before = one.flat.values_P.detach().clone()
     one.flat.grads_P.fill_(1.0)
-    facts = one.update(1.0)
-    assert facts == {"learning_rate": 0.1, "grad_norm": pytest.approx(len(one.flat) ** 0.5)}
+    rate, norm = one.update(FINITE)
+    assert (rate, float(norm)) == (0.1, pytest.approx(len(one.flat) ** 0.5))
     # Adam's first step is the rate, whatever the gradient's size
     torch.testing.assert_close(one.flat.values_P.detach(), before - 0.1, rtol=0, atol=1e-5)
     moment = one.optimizer.state[one.flat.values_P]["exp_avg"]
@@ -54,23 +58,23 @@ def test_update_clips_steps_and_clears(pico: Any, job: Any, examples: Any) -> No
     assert one.step == 1
 
 
-def test_update_leaves_all_as_it_was_where_the_gradient_is_not_finite(pico: Any, job: Any, examples: Any) -> None:
-    one = job(pico, "one", examples(4))
-    before = one.flat.values_P.detach().clone()
-    one.flat.grads_P[0] = math.nan
-    assert math.isnan(one.update(1.0)["grad_norm"])
-    assert torch.equal(one.flat.values_P, before)
-    assert one.step == 0
-    assert not one.flat.grads_P.any()
-
-
-def test_update_leaves_the_values_where_only_the_loss_is_not_finite(pico: Any, job: Any, examples: Any) -> None:
-    one = job(pico, "one", examples(4))
-    before = one.flat.values_P.detach().clone()
-    one.flat.grads_P.fill_(0.25)
-    one.update(math.inf)
-    assert torch.equal(one.flat.values_P, before)
-    assert one.step == 0
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("adamw_8bit", marks=bitsandbytes)])
+@pytest.mark.parametrize(("gradient", "loss"), [(math.nan, 1.0), (math.inf, 1.0), (0.25, math.inf), (0.25, math.nan)])
+def test_nothing_changes_once_a_loss_or_gradient_was_not_finite(
+    pico: Any, job: Any, examples: Any, gradient: float, loss: float, optim: str
+) -> None:
+    one = job(pico, "one", examples(4), optim=optim)
+    one.flat.grads_P.fill_(0.5)
+    one.update(FINITE)
+    tensors, numbers = one.state()
+    before = {name: value.clone() for name, value in tensors.items()}
+    for broken in (True, False):  # this step, and one that was begun before anyone had looked
+        one.flat.grads_P.fill_(gradient if broken else 0.25)
+        one.update(torch.tensor(loss if broken else 1.0))
+        assert not one.flat.grads_P.any()
+    tensors, after = one.state()
+    assert all(torch.equal(before[name], tensors[name]) for name in before)
+    assert {**after, "step": 1} == numbers
 
 
 def test_patience_counts_validations_without_gain(pico: Any, job: Any, examples: Any) -> None:
@@ -93,7 +97,7 @@ def test_state_and_restore_are_inverse(pico: Any, job: Any, examples: Any, run_l
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     for job_ in (one, two):  # and the next step is the same, to the bit
         job_.flat.grads_P.fill_(0.25)
-        job_.update(1.0)
+        job_.update(FINITE)
     assert torch.equal(one.flat.values_P, two.flat.values_P)
 
 

@@ -129,6 +129,42 @@ def test_a_loss_that_is_not_finite_stops_its_job_alone(pico: Any, made: Any, run
         detach(pico, job.slot)
 
 
+def test_steps_begun_ahead_are_the_same_steps(pico: Any, made: Any, run_loop: Any) -> None:
+    seen = []
+    for ahead in (False, True):
+        jobs = made(pico, *JOBS)
+        facts = [
+            (slot, {name: value for name, value in fact.items() if name != "seconds"})
+            for slot, _, fact in run_loop(pico, *jobs, ahead=ahead)
+        ]
+        values = [job.flat.values_P.detach().clone() for job in jobs]
+        seen.append((facts, values, [(job.step, job.tokens, job.last_loss, job.best_step) for job in jobs]))
+        for slot in JOBS:
+            detach(pico, slot)
+    (facts, values, ends), (facts_ahead, values_ahead, ends_ahead) = seen
+    assert facts == facts_ahead
+    assert ends == ends_ahead
+    assert all(map(torch.equal, values, values_ahead))
+
+
+def test_a_step_begun_after_a_failed_one_changes_nothing(pico: Any, job: Any, examples: Any, run_loop: Any) -> None:
+    one = job(pico, "one", examples(24), max_steps=6, save_steps=9, eval_steps=9)
+    begun, values = one.update, []
+
+    def broken(loss: torch.Tensor) -> Any:
+        values.append(one.flat.values_P.detach().clone())
+        if one.step == 2:
+            one.flat.grads_P[0] = math.nan
+        return begun(loss)
+
+    one.update = broken
+    with pytest.raises(NonFiniteLossError, match="step 3 of 6"):
+        run_loop(pico, one, ahead=True)
+    assert len(values) == 4, "no step was begun before the third was read: this tests nothing"
+    assert one.step == 2
+    assert torch.equal(one.flat.values_P, values[2])
+
+
 def test_every_failed_job_is_named(pico: Any, made: Any, run_loop: Any) -> None:
     def poison(job: Any, facts: dict) -> None:
         if job.step == 2 and job.slot != "plain":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer.config import TrainSettings
@@ -15,7 +16,7 @@ from veneer.data.chat import Example
 from veneer.errors import CheckpointError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
-from veneer.train.optim import FlatParameters, optimizer_state, restore_optimizer, start_optimizer
+from veneer.train.optim import FlatParameters, optimizer_state, restore_optimizer, start_optimizer, step_where
 from veneer.train.schedule import factor
 
 # What a checkpoint keeps of a job beside its tensors.
@@ -62,6 +63,7 @@ class Job:
         self.batches = _batches(self.settings, len(self.train))
         self.flat = FlatParameters([p for method in self.methods.values() for p in method.parameters()])
         self.optimizer = start_optimizer(self.flat, self.settings)
+        self.sound = torch.tensor(True, device=self.flat.values_P.device)  # all losses and gradients so far were finite
         epoch = self.batches.steps_per_epoch
         self.eval_steps = self.settings.eval_steps or epoch
         self.save_steps = self.settings.save_steps or max(1, min(epoch, self.total // 8))
@@ -70,9 +72,9 @@ class Job:
     def done(self) -> bool:
         return self.step >= self.total or self.stopped_early or self.failure is not None
 
-    @property
-    def epoch(self) -> float:
-        return self.step / self.batches.steps_per_epoch
+    def epoch_of(self, step: int) -> float:
+        """Epochs gone through after that many steps."""
+        return step / self.batches.steps_per_epoch
 
     def rows(self, micro: int, later: int = 0) -> list[Example]:
         """The examples of micro-batch `micro` of the coming step, or of one that many steps later; none where the
@@ -96,16 +98,20 @@ class Job:
         count = self.settings.gradient_accumulation_steps
         return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro, later))
 
-    def update(self, loss: float) -> dict[str, float]:
-        """Clips, steps (unless loss or gradient are not finite) and clears; returns the facts of the step."""
+    def update(self, loss: Tensor) -> tuple[float, Tensor]:
+        """Clips, steps and clears; returns the rate and the gradient's norm, a scalar tensor. Nothing is waited for.
+
+        loss: a scalar tensor on the adapter's device. Where it or the gradient is not finite the adapter stays as it
+        is, then and in every later step; `step` counts on, and who reads the loss sets it back.
+        """
         rate = self.learning_rate * factor(self.settings, self.step, self.total)
         self.optimizer.param_groups[0]["lr"] = rate
-        norm = float(self.flat.clip(self.settings.max_grad_norm))
-        if math.isfinite(norm) and math.isfinite(loss):
-            self.optimizer.step()
-            self.step += 1
+        norm = self.flat.clip(self.settings.max_grad_norm)
+        self.sound = self.sound & torch.isfinite(norm) & torch.isfinite(loss)
+        step_where(self.optimizer, self.sound)
+        self.step += 1
         self.flat.grads_P.zero_()
-        return {"learning_rate": rate, "grad_norm": norm}
+        return rate, norm
 
     def note_validation(self, loss: float) -> None:
         """Keeps the best values, and stops when patience is at its end."""

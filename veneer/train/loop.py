@@ -23,8 +23,8 @@ from veneer.train.job import Job
 from veneer.train.memory import memory_explained
 from veneer.train.passes import Passes
 from veneer.train.ranks import ALONE, Ranks
+from veneer.train.step import Record, Told, begun
 
-Record = Callable[[Job, dict], None]
 Save = Callable[[Sequence[Job]], object]
 
 
@@ -36,60 +36,43 @@ def loop(
     save: Save,
     ranks: Ranks = ALONE,
     graphs: bool = False,
+    ahead: bool | None = None,
 ) -> None:
     """Trains all jobs to their end. `record` gets the facts of every step and validation, `save` asks for a checkpoint.
 
     graphs: passes whose shape comes back run as CUDA graphs (`veneer.train.passes`); on a GPU.
+    ahead: a step is begun before the facts of the one before it are read, so that the device never waits for Python;
+    None: on a GPU. The adapters are the same, to the byte.
     Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
+    ahead = _device(jobs).type == "cuda" if ahead is None else ahead
     with memory_explained(model, jobs, ranks):
-        _run(Feed(Passes(model, graphs), ranks), jobs, record, save)
+        _run(Feed(Passes(model, graphs), ranks), jobs, record, save, ahead)
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
         raise NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
 
 
-def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save) -> None:
+def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: bool) -> None:
     model, ranks = feed.passes.model, feed.ranks
     for job in jobs:
         if job.step == 0:
             _validate(model, job, record, ranks)
+    told = Told(record)
     while active := [job for job in jobs if not job.done]:
-        _step(feed, active, record)
+        told.later(begun(feed, active))
+        pausing = any(job.done or job.step % job.eval_steps == 0 or job.step % job.save_steps == 0 for job in active)
+        if ahead and not pausing:
+            continue
+        told.now()
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
                 _validate(model, job, record, ranks)
         if any(job.step % job.save_steps == 0 for job in active if not job.failure):
             save(jobs)
+        told.since = time.perf_counter()
     for job in jobs:
         job.finish()
-
-
-def _step(feed: Feed, jobs: Sequence[Job], record: Record) -> None:
-    """One optimiser step of every job. Jobs with fewer micro-batches than others wait for them."""
-    started = time.perf_counter()
-    losses = feed.computed(jobs)  # a sum over the rows that this process computed, for each job
-    totals = feed.ranks.sum_(losses)
-    for job, (loss, tokens) in zip(jobs, totals.tolist(), strict=True):
-        feed.ranks.sum_(job.flat.grads_P)
-        targets = job.targets_of_step()
-        facts = job.update(loss)
-        if not (math.isfinite(loss) and math.isfinite(facts["grad_norm"])):
-            job.failure = _failure(job, loss, facts)
-            continue
-        seconds = time.perf_counter() - started
-        job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + int(tokens)
-        record(
-            job,
-            {
-                "split": "train",
-                "loss": loss,
-                **facts,
-                "tokens": int(tokens),
-                "targets": targets,
-                "seconds": seconds,
-            },
-        )
 
 
 def _validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
@@ -105,20 +88,9 @@ def _validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
     loss = nll / targets
     if math.isfinite(loss):
         job.note_validation(loss)
-    record(job, {"split": "eval", "loss": loss, "targets": int(targets), "seconds": time.perf_counter() - started})
+    seconds = time.perf_counter() - started
+    record(job, {"split": "eval", "step": job.step, "loss": loss, "targets": int(targets), "seconds": seconds})
 
 
 def _device(jobs: Sequence[Job]) -> torch.device:
     return jobs[0].flat.values_P.device
-
-
-def _failure(job: Job, loss: float, facts: dict[str, float]) -> NonFiniteLossError:
-    micros = range(job.settings.gradient_accumulation_steps)
-    rows = sorted({example.row + 1 for micro in micros for example in job.rows(micro)})[:8]
-    rate, norm = facts["learning_rate"], facts["grad_norm"]
-    return NonFiniteLossError(
-        f"{job.slot}: step {job.step + 1} of {job.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
-        f"rate {rate:.3g} (last finite loss {job.last_loss:.4g}; rows {rows} of the data). The adapter was not "
-        f"updated. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint "
-        "stands."
-    )

@@ -103,6 +103,16 @@ def start_optimizer(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     return OPTIMIZERS[settings.optim](flat, settings)
 
 
+def step_where(optimizer: Optimizer, sound: Tensor) -> None:
+    """One step where `sound`, a scalar bool tensor, is true. AdamW of torch looks at it on the device; for others it
+    is waited for."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = (~sound).float()  # as torch.amp.GradScaler tells it
+        optimizer.step()
+    elif bool(sound):
+        optimizer.step()
+
+
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What an optimiser over one flat tensor remembers: tensors, and plain numbers. Empty before its first step."""
     state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})

@@ -51,8 +51,9 @@ class Recorder:
             self.bar.stop()
 
     def __call__(self, job: Job, facts: dict[str, Any]) -> None:
-        line = {"job": job.slot, "step": job.step, "epoch": round(job.epoch, 4), **facts}
-        if facts["split"] == "eval" or job.step % job.settings.logging_steps == 0 or job.done:
+        step = facts["step"]  # a later one may have begun
+        line = {"job": job.slot, "step": step, "epoch": round(job.epoch_of(step), 4), **facts}
+        if facts["split"] == "eval" or step % job.settings.logging_steps == 0 or step == job.total:
             job.history.append(line)
             self._write(line)
         self._show(job, facts)
@@ -69,7 +70,7 @@ class Recorder:
         tail = f"  validation {validated[-1]:.4f}" if validated else ""
         rate = job.tokens / job.seconds if job.seconds else 0.0
         shown = f"loss {job.last_loss:.4f}{tail}  {rate:,.0f} tokens/s"
-        self.bar.update(self.tasks[job.slot], completed=job.step, facts=shown)
+        self.bar.update(self.tasks[job.slot], completed=facts["step"], facts=shown)
 
     def _drop_lines_beyond(self, steps: dict[str, int]) -> None:
         if not self.file.exists():
