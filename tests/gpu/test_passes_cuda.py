@@ -72,6 +72,15 @@ def test_every_way_computes_the_same(model, lengths, how):
     near(gradients(model, lambda: computed(model, given)), wanted)
 
 
+@pytest.mark.parametrize("lengths", [EQUAL, UNEQUAL])
+def test_a_layer_is_compiled_in_one_piece(model, lengths):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    arrange(model, compiled=True)
+    computed(model, ready(model, lengths))
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lengths", [EQUAL, UNEQUAL])
 def test_a_graph_replays_other_rows_of_its_shape(model, lengths, compiled):

@@ -8,6 +8,7 @@ the fused layers in `veneer.kernels` call both directly, so a storage decides ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -70,6 +71,11 @@ class Base(nn.Module):
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
         """x W', (T, O) in x's dtype; not differentiable, without bias. With `into`, added to it in place."""
         raise NotImplementedError
+
+    @classmethod
+    def matmuls(cls: type[Self], bases: Sequence[Self], x_TI: Tensor, intos: Sequence[Tensor | None]) -> list[Tensor]:
+        """`matmul` of several layers of this storage that are fed the same x."""
+        return [base.matmul(x_TI, into) for base, into in zip(bases, intos, strict=True)]
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
         """g W, (T, I): the product of the backward pass. With `into`, added to it in place, and `into` comes back."""

@@ -10,6 +10,7 @@ without which it decodes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -95,14 +96,20 @@ class FP8(Quantised):
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor:
         if not self._in_fp8(x_TI):
             return super().matmul(x_TI, into)
-        product_TO = _product(x_TI, self.weight, self.scale)
-        return product_TO if into is None else into.add_(product_TO)
+        return _product(quantise_rows_fp8(x_TI), self.weight, self.scale, x_TI.dtype, into)
+
+    @classmethod
+    def matmuls(cls, bases: Sequence[FP8], x_TI: Tensor, intos: Sequence[Tensor | None]) -> list[Tensor]:
+        """As the contract; x is quantised once for all."""
+        if not all(base._in_fp8(x_TI) for base in bases):
+            return super().matmuls(bases, x_TI, intos)
+        x8, dtype = quantise_rows_fp8(x_TI), x_TI.dtype
+        return [_product(x8, base.weight, base.scale, dtype, into) for base, into in zip(bases, intos, strict=True)]
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor:
         if self.weight_t is None or not self._in_fp8(g_TO):
             return super().matmul_t(g_TO, into)
-        product_TI = _product(g_TO, self.weight_t, self.scale_t)
-        return product_TI if into is None else into.add_(product_TI)
+        return _product(quantise_rows_fp8(g_TO), self.weight_t, self.scale_t, g_TO.dtype, into)
 
     def _in_fp8(self, x: Tensor) -> bool:
         fits = len(x) > 0 and self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
@@ -114,15 +121,19 @@ class FP8(Quantised):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _product(x_TI: Tensor, codes_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """x W' with x quantised row by row, (T, O); the hardware accumulates and rounds to bfloat16."""
-    x_codes_TI, x_scale_T1 = quantise_rows_fp8(x_TI)
+def _product(
+    x: tuple[Tensor, Tensor], codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype, into: Tensor | None
+) -> Tensor:
+    """x W' with both sides in e4m3, (T, O) in `dtype`; the hardware accumulates and rounds to bfloat16.
+
+    x: codes (T, I) and scales (T, 1).
+    """
     y_TO = torch._scaled_mm(
-        x_codes_TI,
+        x[0],
         codes_OI.t(),
-        x_scale_T1,
+        x[1],
         scale_O.unsqueeze(0),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return y_TO.to(x_TI.dtype)
+    return y_TO.to(dtype) if into is None else into.add_(y_TO)

@@ -25,6 +25,9 @@ class Products(Protocol):
     @property
     def adds(self) -> bool: ...
 
+    @classmethod
+    def matmuls(cls, bases: Sequence[Any], x_TI: Tensor, intos: Sequence[Tensor | None]) -> list[Tensor]: ...
+
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor: ...
 
     def matmul_t(self, g_TO: Tensor, into: Tensor | None = None) -> Tensor: ...
@@ -88,27 +91,32 @@ class _LoraLinears(torch.autograd.Function):
 def products(
     x_TI: Tensor, bases: Sequence[Products], pieces: Sequence[Piece], factors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs (T, O) of every layer, and z = x A' of every run of pieces; nothing is recorded for autograd."""
-    cast = [factor.to(x_TI.dtype) for factor in factors]
-    ys: list[Tensor | None] = [None] * len(bases)
-    zs = []
-    for run in _runs(pieces):
-        rows = slice(run[0].start, run[0].stop)
-        z_TR = x_TI[rows] @ _stacked(run, cast).t()
-        zs.append(z_TR)
-        for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
-            b_RO, y_TO = cast[2 * piece.pair + 1].t(), ys[piece.layer]
-            if y_TO is None and _thin_first(x_TI, run, [bases[piece.layer]]):
-                ys[piece.layer] = bases[piece.layer].matmul(x_TI, (z * piece.scale) @ b_RO)
-                continue
-            y_TO = bases[piece.layer].matmul(x_TI) if y_TO is None else y_TO
-            y_TO[rows].addmm_(z, b_RO, alpha=piece.scale)
-            ys[piece.layer] = y_TO
-    outs = [base.matmul(x_TI) if y_TO is None else y_TO for base, y_TO in zip(bases, ys, strict=True)]
-    for base, y_TO in zip(bases, outs, strict=True):
+    """Outputs (T, O) of every layer, and z = s x A' of every run of pieces; nothing is recorded for autograd."""
+    cast, runs = _Cast(factors, x_TI.dtype), _runs(pieces)
+    zs = [x_TI[run[0].start : run[0].stop] @ cast.stacked(run).t() for run in runs]
+    parts = [part for run, z in zip(runs, zs, strict=True) for part in zip(run, cast.split(z, run, 1), strict=True)]
+    intos: list[Tensor | None] = [None] * len(bases)
+    later = []
+    for piece, z in parts:
+        if intos[piece.layer] is None and _thin_first(x_TI, [piece], [bases[piece.layer]]):
+            intos[piece.layer] = z @ cast.b[piece.pair].t()
+        else:
+            later.append((piece, z))
+    ys = matmuls(bases, x_TI, intos)
+    for piece, z in later:
+        ys[piece.layer][piece.start : piece.stop].addmm_(z, cast.b[piece.pair].t())
+    for base, y_TO in zip(bases, ys, strict=True):
         if base.bias is not None:
             y_TO += base.bias.to(y_TO.dtype)
-    return outs, zs
+    return ys, zs
+
+
+def matmuls(bases: Sequence[Products], x_TI: Tensor, intos: Sequence[Tensor | None]) -> list[Tensor]:
+    """x W' of every base, added to what is given for it; a storage may share what it makes of x among its own."""
+    kind = type(bases[0])
+    if all(type(base) is kind for base in bases):
+        return kind.matmuls(bases, x_TI, intos)
+    return [base.matmul(x_TI, into) for base, into in zip(bases, intos, strict=True)]
 
 
 def gradients(
@@ -122,34 +130,34 @@ def gradients(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Of the outputs' gradients: those of x and of every factor, where needed."""
-    cast = [factor.to(x_TI.dtype) for factor in factors]
+    cast = _Cast(factors, x_TI.dtype)
     grads, runs = _Gradients([factor.dtype for factor in factors], needed), _runs(pieces)
     dzs = [_through_b(run, gs_TO, z_TR, cast, grads) for run, z_TR in zip(runs, zs, strict=True)]
     for run, dz_TR in zip(runs, dzs, strict=True):
         if any(needed[2 * piece.pair] for piece in run):
             rows = slice(run[0].start, run[0].stop)
             da_RI = _outer(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
-            for piece, da in zip(run, _split(da_RI, run, cast, 0), strict=True):
-                grads.add(2 * piece.pair, da)
+            for piece, da in zip(run, cast.split(da_RI, run, 0), strict=True):
+                grads.add(2 * piece.pair, da, piece.scale)
     return (_through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
 
 
 def _through_b(
-    run: Sequence[Piece], gs_TO: Sequence[Tensor | None], z_TR: Tensor, cast: Sequence[Tensor], grads: _Gradients
+    run: Sequence[Piece], gs_TO: Sequence[Tensor | None], z_TR: Tensor, cast: _Cast, grads: _Gradients
 ) -> Tensor:
     """The gradient of a run's z (T, R); those of its B are added to `grads`."""
     rows, parts = slice(run[0].start, run[0].stop), []
-    for piece, z in zip(run, _split(z_TR, run, cast, 1), strict=True):
+    for piece, z in zip(run, cast.split(z_TR, run, 1), strict=True):
         g_TO, b_index = gs_TO[piece.layer], 2 * piece.pair + 1
         if g_TO is None:
             parts.append(torch.zeros_like(z))
             continue
         g = g_TO[rows]
-        parts.append((g @ cast[b_index]).mul_(piece.scale))
+        parts.append(g @ cast.b[piece.pair])
         if grads.needed[b_index]:
             wide = grads.dtypes[b_index]
             # The thin side first is the faster order on the CPU; the other one comes out contiguous.
-            grads.add(b_index, _outer(g, z, wide) if g.is_cuda else _outer(z, g, wide).t(), piece.scale)
+            grads.add(b_index, _outer(g, z, wide) if g.is_cuda else _outer(z, g, wide).t())
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -159,16 +167,16 @@ def _through_x(
     dzs: Sequence[Tensor],
     bases: Sequence[Products],
     runs: Sequence[list[Piece]],
-    cast: Sequence[Tensor],
+    cast: _Cast,
 ) -> Tensor | None:
     """The gradient of x: of all layers and runs in one buffer."""
     first = 1 if runs and _thin_first(x_TI, runs[0], bases) else 0
-    dx_TI = dzs[0] @ _stacked(runs[0], cast) if first else None
+    dx_TI = dzs[0] @ cast.stacked(runs[0]) if first else None
     for base, g_TO in zip(bases, gs_TO, strict=True):
         dx_TI = dx_TI if g_TO is None else base.matmul_t(g_TO, dx_TI)
     if dx_TI is not None:
         for run, dz_TR in zip(runs[first:], dzs[first:], strict=True):
-            dx_TI[run[0].start : run[0].stop].addmm_(dz_TR, _stacked(run, cast))
+            dx_TI[run[0].start : run[0].stop].addmm_(dz_TR, cast.stacked(run))
     return dx_TI
 
 
@@ -213,11 +221,39 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return list(runs.values())
 
 
-def _stacked(run: Sequence[Piece], cast: Sequence[Tensor]) -> Tensor:
-    """The A of every piece, one above the other: (R, I)."""
-    return cast[2 * run[0].pair] if len(run) == 1 else torch.cat([cast[2 * piece.pair] for piece in run])
+class _Cast:
+    """The factors in the activations' dtype. On a GPU one launch casts all, the A in one block."""
 
+    def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.a, self.b = list(factors[0::2]), list(factors[1::2])
+        self.block_RI: Tensor | None = None  # every A, one above the other
+        wide = [factor for factor in factors if factor.dtype != dtype]
+        if wide and wide[0].is_cuda and len({a_RI.shape[1] for a_RI in self.a}) == 1:
+            self._cast_together(dtype)
+        else:
+            self.a, self.b = ([factor.to(dtype) for factor in side] for side in (self.a, self.b))
 
-def _split(x: Tensor, run: Sequence[Piece], cast: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
-    """Each piece's part along the stacked ranks."""
-    return (x,) if len(run) == 1 else x.split([len(cast[2 * piece.pair]) for piece in run], dim)
+    def _cast_together(self, dtype: torch.dtype) -> None:
+        factors = [*self.a, *self.b]
+        block = torch.empty(sum(f.numel() for f in factors), dtype=dtype, device=factors[0].device)
+        parts = block.split([f.numel() for f in factors])
+        views = [part.view(f.shape) for part, f in zip(parts, factors, strict=True)]
+        torch._foreach_copy_(views, factors)
+        self.block_RI = block[: sum(a_RI.numel() for a_RI in self.a)].view(-1, self.a[0].shape[1])
+        self.a, self.b = views[: len(self.a)], views[len(self.a) :]
+
+    def stacked(self, run: Sequence[Piece]) -> Tensor:
+        """s A of every piece of a run, one above the other: (R, I). With the scale in A it is in z too, once for all
+        that is made of z."""
+        scale = run[0].scale
+        if any(piece.scale != scale for piece in run):
+            return torch.cat([self.a[piece.pair] * piece.scale for piece in run])
+        if self.block_RI is not None and [piece.pair for piece in run] == list(range(len(self.a))):
+            above_RI = self.block_RI
+        else:
+            above_RI = self.a[run[0].pair] if len(run) == 1 else torch.cat([self.a[piece.pair] for piece in run])
+        return above_RI if scale == 1.0 else above_RI * scale
+
+    def split(self, x: Tensor, run: Sequence[Piece], dim: int) -> Sequence[Tensor]:
+        """Each piece's part along the stacked ranks."""
+        return (x,) if len(run) == 1 else x.split([len(self.a[piece.pair]) for piece in run], dim)

@@ -72,13 +72,29 @@ def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: 
     return varlen_attn(q, k, v, plan.starts, plan.key_starts, plan.longest, plan.longest_keys, **settings)
 
 
+# The two questions below are asked while a layer is traced. A cache on them would be seen through, and what they ask
+# of the device would break the layer's graph in two.
 @torch.compiler.assume_constant_result
-@cache
 def _grouped() -> dict[str, bool]:
     """Leave to share a key-value head among query heads: torch 2.12 asks for it by name, 2.11 takes it as it comes."""
+    return {"enable_gqa": True} if _asks_for_groups() else {}
+
+
+@cache
+def _asks_for_groups() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return "enable_gqa" in signature(varlen_attn).parameters
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_is_fastest(device: int) -> bool:
+    return _has_fast_cudnn(device)
+
+
+@cache
+def _has_fast_cudnn(device: int) -> bool:
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _equal(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, length: int, scale: float) -> Tensor:
@@ -90,12 +106,6 @@ def _equal(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, length: int, scale: floa
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention
     out_NHLD = attend(q, k, v, None, True, 0.0, True, False, scale=scale)[0]
     return out_NHLD.transpose(1, 2).flatten(0, 1)
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _cudnn_is_fastest(device: int) -> bool:
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def varlen_of(stream: Stream) -> Varlen:
