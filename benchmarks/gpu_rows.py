@@ -24,7 +24,7 @@ SYSTEMS: dict[str, tuple[str, str]] = {
 }
 
 Variant = tuple[int, str, bool]  # batch, recompute, compile
-OURS_FAST: tuple[Variant, ...] = ((1, "none", True), (2, "none", True), (1, "none", False))
+OURS_FAST: tuple[Variant, ...] = ((1, "none", True), (2, "none", True), (3, "none", True))
 OURS_SMALL: tuple[Variant, ...] = (
     (4, "offload", True),
     (4, "layers", True),
@@ -33,7 +33,7 @@ OURS_SMALL: tuple[Variant, ...] = (
     (1, "16", True),
 )
 OFFLOADED: tuple[Variant, ...] = ((4, "unsloth", False),)
-UNSLOTH_FAST: tuple[Variant, ...] = ((1, "none", False), (2, "none", False))
+UNSLOTH_FAST: tuple[Variant, ...] = ((1, "none", False), (2, "none", False), (3, "none", False))
 LIGER: tuple[Variant, ...] = ((1, "none", False), (1, "none", True), (4, "layers", False))
 
 

@@ -228,3 +228,22 @@ def test_encoding_a_large_weight_takes_little_beside_it():
         before = torch.cuda.memory_allocated()
         storage(name).from_weight(w_OI)
         assert torch.cuda.max_memory_allocated() - before < 2.5 * w_OI.nbytes, name
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 3), (500, 1000, 16), (1000, 4097, 20), (4096, 4096, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_thin_products_in_one_read(shape, dtype):
+    from veneer.kernels.thin_triton import through_b
+
+    tokens, out, rank = shape
+    wide_g, wide_z = gaussian(tokens, out + 8), gaussian(tokens, 2 * rank, seed=1)
+    wide_g[:, out:], wide_z[:, :rank] = torch.nan, torch.nan  # what a wrong stride would read
+    g, z = wide_g.to("cuda", dtype)[:, :out], wide_z.to("cuda", dtype)[:, rank:]
+    b = gaussian(out, rank, seed=2).to("cuda", dtype)
+    dz, db = through_b(g, z, b, torch.float32)
+    assert dz.dtype == dtype and db.dtype == torch.float32
+    # Sums in float32 of up to 4,097 products of size 1: off by 2^-24 of a sum of sizes; dz is rounded once more.
+    torch.testing.assert_close(db.double(), g.double().t() @ z.double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(dz.double(), g.double() @ b.double(), rtol=2**-8, atol=1e-2)
+    again = through_b(g, z, b, torch.float32)
+    assert same(dz, again[0]) and same(db, again[1])

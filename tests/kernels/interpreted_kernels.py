@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 
+from veneer.kernels import thin_triton
 from veneer.kernels.dequantise import dequantise_4bit
 from veneer.kernels.fourbit import LEVELS, quantise_4bit
 from veneer.kernels.fourbit_triton import PAIRS_A_PROGRAM, dequantise_4bit_triton
@@ -100,3 +101,20 @@ def test_a_row_with_nan_or_infinity_is_nan_and_the_others_are_not(at_once, fault
     quantise_rows_fp8_triton(x, (codes, scale), at_once)
     assert scale.isnan().view(-1).tolist() == [False, True, False]
     assert codes[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (64, 64, 16), (100, 130, 8), (33, 257, 20)])
+def test_both_thin_products_are_those_of_float64(shape, monkeypatch):
+    for name, value in {
+        "ROWS": 16,
+        "COLUMNS": 32,
+        "PROGRAMS": 6,
+    }.items():  # several rectangles each way, short last ones
+        monkeypatch.setattr(thin_triton, name, value)
+    tokens, out, rank = shape
+    g, z, b = torch.randn(tokens, out + 3), torch.randn(tokens, 2 * rank), torch.randn(out, rank)
+    g[:, out:], z[:, :rank] = torch.nan, torch.nan  # what a wrong stride would read
+    g, z = g[:, :out], z[:, rank:]
+    dz, db = thin_triton.through_b(g, z, b, torch.float32)
+    for got, wanted in ((dz, g.double() @ b.double()), (db, g.double().t() @ z.double())):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6 * (max(tokens, out) + 10))  # float32 sums

@@ -19,12 +19,13 @@ def cross_entropy_(logits_MV: Tensor, tokens_M: Tensor, wanted: bool) -> Tensor:
     nll_M = torch.empty(rows, dtype=torch.float32, device=logits_MV.device)
     if rows:
         block = min(BLOCK, triton.next_power_of_2(vocabulary))
-        _rows[(rows,)](logits_MV, logits_MV.stride(0), tokens_M, nll_M, vocabulary, wanted, block, num_warps=16)
+        sizes = {"WANTED": wanted, "TIMES": triton.cdiv(vocabulary, block), "BLOCK": block}
+        _rows[(rows,)](logits_MV, logits_MV.stride(0), tokens_M, nll_M, vocabulary, **sizes, num_warps=16)
     return nll_M
 
 
 @triton.jit
-def _rows(logits, stride, tokens, nll, vocabulary, WANTED: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(logits, stride, tokens, nll, vocabulary, WANTED: tl.constexpr, TIMES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     token = tl.load(tokens + row)
@@ -32,9 +33,9 @@ def _rows(logits, stride, tokens, nll, vocabulary, WANTED: tl.constexpr, BLOCK: 
     # The largest logit so far, and the sum of exp(logit - largest), for every place of a block on its own.
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        here = start + columns < vocabulary
-        x = tl.load(logits + start + columns, mask=here, other=float("-inf")).to(tl.float32)
+    for step in range(TIMES):
+        here = step * BLOCK + columns
+        x = tl.load(logits + here, mask=here < vocabulary, other=float("-inf")).to(tl.float32)
         more = tl.maximum(largest, x)
         # A place that has seen nothing but -inf keeps a sum of zero: -inf - -inf would be NaN.
         base = tl.where(more == float("-inf"), 0.0, more)
@@ -46,8 +47,8 @@ def _rows(logits, stride, tokens, nll, vocabulary, WANTED: tl.constexpr, BLOCK: 
     tl.store(nll + row, logsumexp - at_token)
     if WANTED:
         tl.debug_barrier()  # every thread has read its logits, the token's too, before any is overwritten
-        for start in range(0, vocabulary, BLOCK):
-            here = start + columns < vocabulary
-            x = tl.load(logits + start + columns, mask=here, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(x - logsumexp) - tl.where(start + columns == token, 1.0, 0.0)
-            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=here)
+        for step in range(TIMES):
+            here = step * BLOCK + columns
+            x = tl.load(logits + here, mask=here < vocabulary, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(x - logsumexp) - tl.where(here == token, 1.0, 0.0)
+            tl.store(logits + here, gradient.to(logits.dtype.element_ty), mask=here < vocabulary)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from veneer.kernels.thin import outer, through_b
+
 
 class Products(Protocol):
     """What is needed of a frozen weight W (O, I): see veneer.bases.base.Base."""
@@ -136,7 +138,7 @@ def gradients(
     for run, dz_TR in zip(runs, dzs, strict=True):
         if any(needed[2 * piece.pair] for piece in run):
             rows = slice(run[0].start, run[0].stop)
-            da_RI = _outer(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
+            da_RI = outer(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
             for piece, da in zip(run, cast.split(da_RI, run, 0), strict=True):
                 grads.add(2 * piece.pair, da, piece.scale)
     return (_through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
@@ -153,11 +155,12 @@ def _through_b(
             parts.append(torch.zeros_like(z))
             continue
         g = g_TO[rows]
-        parts.append(g @ cast.b[piece.pair])
-        if grads.needed[b_index]:
-            wide = grads.dtypes[b_index]
-            # The thin side first is the faster order on the CPU; the other one comes out contiguous.
-            grads.add(b_index, _outer(g, z, wide) if g.is_cuda else _outer(z, g, wide).t())
+        if not grads.needed[b_index]:
+            parts.append(g @ cast.b[piece.pair])
+            continue
+        dz, db_OR = through_b(g, z, cast.b[piece.pair], grads.dtypes[b_index])
+        parts.append(dz)
+        grads.add(b_index, db_OR)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -178,13 +181,6 @@ def _through_x(
         for run, dz_TR in zip(runs[first:], dzs[first:], strict=True):
             dx_TI[run[0].start : run[0].stop].addmm_(dz_TR, cast.stacked(run))
     return dx_TI
-
-
-def _outer(left_TX: Tensor, right_TY: Tensor, dtype: torch.dtype) -> Tensor:
-    """left' right, (X, Y) in `dtype`: a sum over all tokens, on a GPU not rounded to the activations' dtype first."""
-    if left_TX.is_cuda and dtype == torch.float32 != left_TX.dtype:
-        return torch.mm(left_TX.t(), right_TY, out_dtype=dtype)
-    return (left_TX.t() @ right_TY).to(dtype)
 
 
 def _thin_first(x_TI: Tensor, run: Sequence[Piece], bases: Sequence[Products]) -> bool:
@@ -222,25 +218,21 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 class _Cast:
-    """The factors in the activations' dtype. On a GPU one launch casts all, the A in one block."""
+    """The factors in the activations' dtype. Where they lie one behind the other, every A before every B, one launch
+    casts all, and every A is one matrix already."""
 
     def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.a, self.b = list(factors[0::2]), list(factors[1::2])
         self.block_RI: Tensor | None = None  # every A, one above the other
-        wide = [factor for factor in factors if factor.dtype != dtype]
-        if wide and wide[0].is_cuda and len({a_RI.shape[1] for a_RI in self.a}) == 1:
-            self._cast_together(dtype)
-        else:
+        block = _one_behind_the_other([*self.a, *self.b])
+        if block is None:
             self.a, self.b = ([factor.to(dtype) for factor in side] for side in (self.a, self.b))
-
-    def _cast_together(self, dtype: torch.dtype) -> None:
-        factors = [*self.a, *self.b]
-        block = torch.empty(sum(f.numel() for f in factors), dtype=dtype, device=factors[0].device)
-        parts = block.split([f.numel() for f in factors])
-        views = [part.view(f.shape) for part, f in zip(parts, factors, strict=True)]
-        torch._foreach_copy_(views, factors)
-        self.block_RI = block[: sum(a_RI.numel() for a_RI in self.a)].view(-1, self.a[0].shape[1])
-        self.a, self.b = views[: len(self.a)], views[len(self.a) :]
+            return
+        sizes = [factor.numel() for factor in (*self.a, *self.b)]
+        block = block.to(dtype)
+        parts = iter(block.split(sizes))
+        self.block_RI = block[: sum(sizes[: len(self.a)])].view(-1, self.a[0].shape[1])
+        self.a, self.b = ([next(parts).view(old.shape) for old in side] for side in (self.a, self.b))
 
     def stacked(self, run: Sequence[Piece]) -> Tensor:
         """s A of every piece of a run, one above the other: (R, I). With the scale in A it is in z too, once for all
@@ -257,3 +249,18 @@ class _Cast:
     def split(self, x: Tensor, run: Sequence[Piece], dim: int) -> Sequence[Tensor]:
         """Each piece's part along the stacked ranks."""
         return (x,) if len(run) == 1 else x.split([len(self.a[piece.pair]) for piece in run], dim)
+
+
+def _one_behind_the_other(factors: Sequence[Tensor]) -> Tensor | None:
+    """Their memory as one tensor, where they are contiguous neighbours in it and the first ones are equally wide."""
+    if not factors:
+        return None
+    first = factors[0]
+    wide = all(factor.shape[1] == first.shape[1] for factor in factors[: len(factors) // 2])
+    place = first.storage_offset()
+    for factor in factors:
+        same = factor.dtype == first.dtype and factor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (wide and same and factor.is_contiguous() and factor.storage_offset() == place):
+            return None
+        place += factor.numel()
+    return first.as_strided((place - first.storage_offset(),), (1,))

@@ -68,20 +68,22 @@ def _varlen(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, scale: 
     keys = (x if plan.keys is None else x.float().index_select(1, plan.keys).to(x.dtype) for x in (k_KTD, v_KTD))
     q, k, v = (x.transpose(0, 1) for x in (q_HTD, *keys))
     # Each segment's queries are the last of its keys: the kernel's causal mask is aligned at the end.
-    settings = {"scale": scale, "window_size": (-1, 0), **_grouped()}
+    settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    if _groups_by_name():
+        settings["enable_gqa"] = True
     return varlen_attn(q, k, v, plan.starts, plan.key_starts, plan.longest, plan.longest_keys, **settings)
 
 
 # The two questions below are asked while a layer is traced. A cache on them would be seen through, and what they ask
 # of the device would break the layer's graph in two.
 @torch.compiler.assume_constant_result
-def _grouped() -> dict[str, bool]:
-    """Leave to share a key-value head among query heads: torch 2.12 asks for it by name, 2.11 takes it as it comes."""
-    return {"enable_gqa": True} if _asks_for_groups() else {}
+def _groups_by_name() -> bool:
+    """Whether leave to share a key-value head among query heads is asked for: by torch 2.12, not by 2.11."""
+    return _takes_groups()
 
 
 @cache
-def _asks_for_groups() -> bool:
+def _takes_groups() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in signature(varlen_attn).parameters

@@ -17,7 +17,8 @@ from veneer.kernels.cross_entropy import cross_entropy_
 from veneer.model.packed import hidden_states, running
 from veneer.model.stream import EVEN, Stream, pack
 
-CHUNK = 512  # rows of logits alive at once
+CHUNK = 512  # rows of logits alive at once, at least
+CHUNKS = 8  # at most, on a GPU: larger products are faster, and a stream's activations grow with it too
 STREAM = 4096  # tokens that are evaluated in one forward pass
 
 # name -> "module:function"; (model, stream, targets) -> sum_N, count_N
@@ -74,8 +75,9 @@ class _HeadNLL(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         nll_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
         grad_MD = torch.empty_like(hidden_MD) if wanted else None
-        for start in range(0, len(hidden_MD), CHUNK):
-            rows = slice(start, start + CHUNK)
+        chunk = max(CHUNK, len(hidden_MD) // CHUNKS) if hidden_MD.is_cuda else CHUNK
+        for start in range(0, len(hidden_MD), chunk):
+            rows = slice(start, start + chunk)
             logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, bias_V)
             nll_M[rows] = cross_entropy_(logits_MV, tokens_M[rows], wanted)
             if grad_MD is not None:

@@ -17,6 +17,7 @@ from veneer.errors import CheckpointError, listed
 from veneer.train.job import Job
 
 FOLDER = "checkpoints"
+FORMAT = 3  # 2 had the parameters in another order
 
 
 def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: int | None, processes: int = 1) -> Path:
@@ -31,7 +32,7 @@ def save(output_dir: Path, jobs: Sequence[Job], identity: dict[str, Any], keep: 
         save_file(
             {name: value.contiguous().cpu() for name, value in tensors.items()}, partial / f"job-{index}.safetensors"
         )
-    state = {"format": 2, "layout": _layout(jobs, processes), "run": identity, "jobs": numbers}
+    state = {"format": FORMAT, "layout": _layout(jobs, processes), "run": identity, "jobs": numbers}
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for path in (*partial.iterdir(), partial):
         sync(path)
@@ -86,6 +87,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in wanted.items()):
         raise CheckpointError(
             f"{folder}/state.json is no training state; delete the folder to resume from the one before"
+        )
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of format {state.get('format')}, this veneer reads {FORMAT}; next: train again "
+            "into another --output-dir, or resume with the veneer that wrote it"
         )
     return state
 

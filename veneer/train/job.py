@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.config import TrainSettings
 from veneer.data.batches import Batches
@@ -16,6 +17,7 @@ from veneer.data.chat import Example
 from veneer.errors import CheckpointError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
+from veneer.model.siblings import family
 from veneer.train.optim import FlatParameters, optimizer_state, restore_optimizer, start_optimizer, step_where
 from veneer.train.schedule import factor
 
@@ -34,6 +36,16 @@ def _batches(settings: TrainSettings, rows: int) -> Batches:
     """A batch here is what one optimiser step sees: how it is cut into forward passes changes no step."""
     size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     return Batches(rows, size, settings.seed)
+
+
+def _by_family(methods: Mapping[str, Method]) -> list[nn.Parameter]:
+    """All parameters; of layers that are fed the same x first those that come first (every A), then the others: where
+    they lie one behind the other, one product or one cast can read all (`veneer.kernels.lora`)."""
+    families: dict[str, list[list[nn.Parameter]]] = {}
+    for path, method in methods.items():
+        families.setdefault(family(path), []).append(list(method.parameters()))
+    columns = (zip_longest(*members) for members in families.values())
+    return [p for places in columns for place in places for p in place if p is not None]
 
 
 @dataclass
@@ -61,7 +73,7 @@ class Job:
     def __post_init__(self) -> None:
         self.total = total_steps(self.settings, len(self.train))
         self.batches = _batches(self.settings, len(self.train))
-        self.flat = FlatParameters([p for method in self.methods.values() for p in method.parameters()])
+        self.flat = FlatParameters(_by_family(self.methods))
         self.optimizer = start_optimizer(self.flat, self.settings)
         self.sound = torch.tensor(True, device=self.flat.values_P.device)  # all losses and gradients so far were finite
         epoch = self.batches.steps_per_epoch
