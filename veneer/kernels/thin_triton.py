@@ -16,7 +16,7 @@ from torch import Tensor
 
 LEAST_RANK = 16  # of the hardware's product; a smaller rank is padded
 ROWS, COLUMNS, STAGES, WARPS = 64, 256, 3, 8  # of g that a program reads at a time
-PROGRAMS = 264  # two for each multiprocessor of a H100
+PROGRAMS = 132  # one for each multiprocessor of a H100
 
 
 def through_b(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
