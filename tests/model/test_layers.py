@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -71,6 +72,51 @@ def test_layers_computed_twice_give_the_same(model, count):
     arrange(model, recompute=count)
     found = losses(model)
     assert torch.equal(found[0], wanted[0]) and all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+
+
+def products(model, monkeypatch) -> list[str]:
+    """Paths of the leaves whose bases are multiplied while `losses` runs, forward and again."""
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Leaf):
+            times = module.base.matmul
+            monkeypatch.setattr(
+                module.base, "matmul", lambda *given, name=name, times=times: (seen.append(name), times(*given))[1]
+            )
+    losses(model)
+    return seen
+
+
+def test_the_last_product_of_a_layer_is_computed_once(model, monkeypatch):
+    arrange(model, recompute=-1)
+    losses(model)  # finds out
+    counts = Counter(name.rpartition(".")[2] for name in products(model, monkeypatch))
+    assert counts == dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 6) | {
+        "down_proj": 3
+    }
+
+
+def test_a_last_product_that_a_gradient_reads_is_computed_again(model, monkeypatch):
+    # As in families that scale what a layer adds: the gradient of the scale is the product itself.
+    for layer in decoder_layers(model):
+        layer.mlp.scale = torch.nn.Parameter(torch.full((32,), 0.5))
+        own = type(layer.mlp).forward
+        monkeypatch.setattr(layer.mlp, "forward", lambda x, own=own, mlp=layer.mlp: own(mlp, x) * mlp.scale)
+    wanted = losses(model)
+    arrange(model, recompute=-1)
+    found = losses(model)
+    assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+    assert any("scale" in name for name in wanted[1])
+    assert Counter(name.rpartition(".")[2] for name in products(model, monkeypatch))["down_proj"] == 6
+
+
+def test_where_the_last_layer_has_no_adapter_nothing_is_left_out(model, monkeypatch):
+    for layer in decoder_layers(model):
+        del layer.mlp.down_proj.slots["one"]
+    wanted = losses(model)
+    arrange(model, recompute=-1)
+    found = losses(model)
+    assert found[1].keys() == wanted[1].keys() and all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
 
 
 class Held:

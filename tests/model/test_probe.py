@@ -41,6 +41,18 @@ def test_a_right_model_passes_and_is_unchanged(model, dtype):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_model_that_amplifies_rounding_is_measured_by_its_own(model, monkeypatch):
+    model.to(torch.bfloat16)
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, 1e-9)  # as if rounding were always too much
+    probe(model)
+    with mock.patch.object(attention, "Buckets", NoMask), pytest.raises(ModelError, match="first of three packed"):
+        probe(model)
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)  # no second attention to measure by
+    with pytest.raises(ModelError, match="of three packed"):
+        probe(model)
+
+
 TO_GRADIENTS = losses.cross_entropy_
 
 

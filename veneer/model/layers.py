@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.model.packed import Wiring, wiring_of
-from veneer.model.recompute import Shelf, recomputed
+from veneer.model.recompute import Shelf, recomputed, unread_leaf
+
+Kind = tuple[tuple[str, type], ...]  # the modules of a layer
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -34,8 +36,9 @@ def arrange(
     layers = decoder_layers(model)
     count = len(layers) if recompute < 0 else recompute
     shelf = Shelf(next(model.parameters()).device) if offload else None
+    unread: dict[Kind, str | None] = {}
     for number, layer in enumerate(layers):
-        layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf)
+        layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf, unread)
 
 
 def as_they_were(model: nn.Module) -> None:
@@ -54,9 +57,11 @@ class Run:
         compiled: Callable[..., Any] | None,
         number: int | None,  # among the layers that are recomputed; None: not one of them
         shelf: Shelf | None,
+        unread: dict[Kind, str | None],  # of every kind of layer that has run: see `unread_leaf`
     ) -> None:
         self.layer, self.wiring, self.compiled = layer, wiring, compiled
         self.number, self.shelf = number, shelf
+        self.unread, self.kind = unread, tuple((name, type(module)) for name, module in layer.named_modules())
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         wiring = self.wiring
@@ -68,7 +73,18 @@ class Run:
             hidden = hidden.detach().requires_grad_()
         if self.number is None:
             return forward(self.layer, hidden, *args, **kwargs)
-        return recomputed(hidden, lambda x: forward(self.layer, x, *args, **kwargs), self.shelf, self.number)
+
+        def run(x: Tensor) -> Tensor:
+            return forward(self.layer, x, *args, **kwargs)
+
+        def again(x: Tensor) -> Tensor:
+            with wiring.leaving_out(None if name is None else self.layer.get_submodule(name)):
+                return run(x)
+
+        if self.kind not in self.unread:
+            self.unread[self.kind] = unread_leaf(self.layer, wiring, hidden, run)
+        name = self.unread[self.kind]
+        return recomputed(hidden, run, again, self.shelf, self.number)
 
 
 def _own_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -9,15 +9,21 @@ keeps the model's own attention and speaks with the wiring's `voice`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from veneer.bases.base import Base
+from veneer.bases.unread import Unread
 from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION, varlen_of
 from veneer.model.siblings import Waiting
 from veneer.model.stream import Stream
+
+if TYPE_CHECKING:
+    from veneer.model.leaf import Leaf
 
 
 class Wiring:
@@ -29,9 +35,25 @@ class Wiring:
         self.waiting = Waiting()
         self.whole: str | None = None  # the one slot that speaks over all rows of the stream; None: none, or several
         self.thin: tuple | None = None  # x and its thin products, while siblings are traced: see veneer.model.traced
+        self.latest: Leaf | None = None  # whose product was the last one; None: a family's, computed together
+        self.unread: Leaf | None = None  # whose product nobody will read: see veneer.model.recompute
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
+
+    def bases(self, leaves: Sequence[Leaf]) -> list[Base | Unread]:
+        """What is to be multiplied of leaves that are computed together."""
+        self.latest = leaves[0] if len(leaves) == 1 else None
+        return [Unread(leaf.base) if leaf is self.unread else leaf.base for leaf in leaves]
+
+    @contextmanager
+    def leaving_out(self, leaf: Leaf | None) -> Iterator[None]:
+        """While inside, the product of this leaf is NaN and costs nothing."""
+        self.unread = leaf
+        try:
+            yield
+        finally:
+            self.unread = None
 
 
 def wiring_of(model: nn.Module) -> Wiring:
@@ -52,22 +74,31 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         raise ModelError(f"no slot named {', '.join(unknown)}; attached are: {', '.join(wiring.slots) or 'none'}")
     if wiring.stream is not None:
         raise RuntimeError("a stream is already running on this model; run one after the other")
-    configs = {
-        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
-    before = [(config, config._attn_implementation) for config in configs.values()]
     wiring.stream, wiring.whole = stream, whole(stream)
     if stream.token_ids_T.is_cuda:
         varlen_of(stream)
     try:
-        for config, _ in before:
-            config._attn_implementation = ATTENTION
-        yield
+        with attending_by(model, ATTENTION):
+            yield
     finally:
         wiring.stream = wiring.whole = wiring.thin = None
         wiring.waiting.clear()
-        for config, attention in before:
+
+
+@contextmanager
+def attending_by(model: nn.Module, attention: str) -> Iterator[None]:
+    """While inside, the model computes attention by the implementation that transformers knows under this name."""
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
             config._attn_implementation = attention
+        yield
+    finally:
+        for config, attention_before in before:
+            config._attn_implementation = attention_before
 
 
 def whole(stream: Stream) -> str | None:

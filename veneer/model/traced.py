@@ -126,7 +126,8 @@ def _pieces(x_TI: Tensor, scales: list[float]) -> list[Piece]:
 )
 def lora_family(x: Tensor, number: Tensor, slot: str, factors: list[Tensor], scales: list[float]) -> list[Tensor]:
     """Outputs (T, O) of the leaves of a family, and then z = x A' (T, R) of all."""
-    bases = [leaf.base for leaf in _family(_NUMBERED[int(number)], slot)]
+    leaf = _NUMBERED[int(number)]
+    bases = leaf.wiring.bases(_family(leaf, slot))
     ys, zs = products(x, bases, _pieces(x, scales), factors)
     return [*ys, *zs]
 
