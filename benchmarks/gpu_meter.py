@@ -15,15 +15,11 @@ from torch import Tensor
 
 from benchmarks import record
 
-WARM_UP = 1  # in runs of three steps; two in longer ones, see `warm_up`
+# First steps that are not timed: compiling, choosing kernels, and the optimiser's first allocation.
+WARM_UP = 2
 GIB = 2**30
 EVERY = 0.02  # seconds between samples of the driver's figure
 PEERS = ("bitsandbytes", "liger-kernel", "peft", "torch", "torchao", "transformers", "triton", "unsloth", "unsloth-zoo")
-
-
-def warm_up(steps: int) -> int:
-    """First steps that are not timed: compiling, choosing kernels, and the optimiser's first allocation."""
-    return WARM_UP if steps <= 3 else 2
 
 
 class Meter:
@@ -71,7 +67,7 @@ class Meter:
         settle()
         pairs = zip([self.start, *self.marks], self.marks, strict=False)
         seconds = [after if isinstance(after, float) else _between(before, after) for before, after in pairs]
-        timed = seconds[warm_up(len(seconds)) :]
+        timed = seconds[WARM_UP:]
         return {
             "tokens_per_second": tokens_per_step / median(timed),
             "step_seconds": median(timed),

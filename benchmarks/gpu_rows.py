@@ -23,14 +23,14 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "full-bf16-liger": ("benchmarks.peers_gpu", "bf16"),
 }
 
-Variant = tuple[int, str, bool]  # batch, recompute, compile
+Variant = tuple[int, str, bool] | tuple[int, str, bool, int]  # batch, recompute, compile, passes a step
 OURS_FAST: tuple[Variant, ...] = ((1, "none", True), (2, "none", True), (3, "none", True))
+# Row by row: as many layers keep their activations as there is room for.
 OURS_SMALL: tuple[Variant, ...] = (
-    (4, "offload", True),
-    (4, "layers", True),
-    (2, "layers", True),
-    (1, "layers", True),
-    (1, "16", True),
+    (4, "layers", True, 4),
+    (4, "29", True, 4),
+    (4, "28", True, 4),
+    (4, "27", True, 4),
 )
 OFFLOADED: tuple[Variant, ...] = ((4, "unsloth", False),)
 UNSLOTH_FAST: tuple[Variant, ...] = ((1, "none", False), (2, "none", False), (3, "none", False))
@@ -62,8 +62,8 @@ class Row:
             optim=self.optim,
         )
         return [
-            common.but(batch=batch, recompute=recompute, compile=compiled)
-            for batch, recompute, compiled in self.systems[system]
+            common.but(batch=batch, recompute=recompute, compile=compiled, passes=passes[0] if passes else 1)
+            for batch, recompute, compiled, *passes in self.systems[system]
         ]
 
 

@@ -63,7 +63,8 @@ class Spec:
     storage: str = "bf16"  # of the frozen base; of full fine-tuning: of the weights
     rank: int = 16
     sequence: int = 4096
-    batch: int = 1
+    batch: int = 1  # rows of a step
+    passes: int = 1  # that a step's rows are computed in, one after another
     recompute: str = "none"  # none, layers (all), or the system's own: offload, a number of layers, unsloth
     compile: bool = False
     steps: int = 8
@@ -77,7 +78,7 @@ class Spec:
     @property
     def variant(self) -> dict[str, Any]:
         """What a scan chooses between."""
-        return {"batch": self.batch, "recompute": self.recompute, "compile": self.compile}
+        return {"batch": self.batch, "passes": self.passes, "recompute": self.recompute, "compile": self.compile}
 
     @classmethod
     def parse(cls, text: str) -> Spec:

@@ -15,7 +15,7 @@ from benchmarks.gpu_process import Result, worked
 from benchmarks.gpu_rows import Row, is_ours
 from benchmarks.gpu_spec import Spec, flop_per_token, ideal_seconds_per_token
 
-SCAN_STEPS = 3
+SCAN_STEPS = 8
 Run = Callable[[Spec], Result]
 Runs = dict[str, list[Result]]
 # Figures of which a system's entry holds the median over its rounds.
@@ -37,7 +37,7 @@ class Clock:
 
 
 def scan(row: Row, systems: Sequence[str], run: Run, clock: Clock, expected: float = 60.0) -> dict[str, list[Result]]:
-    """Every variant once, three steps each. The system whose memory bounds ours goes first."""
+    """Every variant once, a few steps each. The system whose memory bounds ours goes first."""
     trials: dict[str, list[Result]] = {}
     for system in sorted(systems, key=lambda name: name != row.within):
         trials[system] = []

@@ -10,7 +10,7 @@ from benchmarks.gpu_process import Result, worked
 def table(name: str, row: dict[str, Any]) -> str:
     """A row as Markdown. Start: from launching the process to its first step's end, with empty and with full caches."""
     lines = [
-        f"| {name} | batch | recompute | compiled | tokens/s | peak GiB | driver GiB | of ceiling | start s |",
+        f"| {name} | rows x passes | recompute | compiled | tokens/s | peak GiB | driver GiB | of ceiling | start s |",
         "| --- | --: | --- | --- | --: | --: | --: | --: | --: |",
     ]
     for system, made in row["systems"].items():
@@ -27,7 +27,7 @@ def _line(system: str, made: dict[str, Any]) -> str:
     v = made["variant"]
     starts = ", ".join(f"{made[f'{k}_start_seconds']:.0f}" for k in ("cold", "warm") if f"{k}_start_seconds" in made)
     cells = [
-        *(system, str(v["batch"]), v["recompute"], "yes" if v["compile"] else "no"),
+        *(system, f"{v['batch'] // v['passes']} x {v['passes']}", v["recompute"], "yes" if v["compile"] else "no"),
         *(f"{made['tokens_per_second']:,.0f}", f"{made['peak_gib']:.2f}", f"{made['driver_gib']:.2f}"),
         *(f"{100 * made['share_of_ceiling']:.1f} %" if "share_of_ceiling" in made else "", starts),
     ]

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_train --rows 8b-bf16 --systems ours,unsloth --rounds 3 --seconds 500
 
 Random weights, the same for every system; the same synthetic tokens; float32 adapters and moments. Each run is a
-process of its own. A scan of three steps picks each system's best of its variants (batch, recompute, compiling), then
+process of its own. A scan of a few steps picks each system's best of its variants (batch, recompute, compiling), then
 rounds of all systems, interleaved, measure. Results are merged into benchmarks/results/gpu_train.json row by row, each
 with its commit, date and GPU, so that several calls fill one file. Packages of the peers may lie in a folder of their
 own: VENEER_BENCH_PEERS names it.
@@ -124,7 +124,8 @@ def _checkpoint(shape: str) -> None:
 
 def run_and_say(spec: Spec) -> Result:
     made = gpu_process.run(spec)
-    said = f"{spec.system:17} {spec.shape} {spec.storage} b{spec.batch} {spec.recompute} {'compiled' * spec.compile}"
+    rows, compiled = f"{spec.batch // spec.passes}x{spec.passes}", "compiled" * spec.compile
+    said = f"{spec.system:17} {spec.shape} {spec.storage} {rows} {spec.recompute} {compiled}"
     print(f"{said:55} {outcome(made)}", file=sys.stderr, flush=True)
     return made
 

@@ -64,7 +64,8 @@ def job_of(spec: Spec, model: nn.Module) -> Any:
 
     settings = TrainSettings(
         max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch,
+        per_device_train_batch_size=spec.batch // spec.passes,
+        gradient_accumulation_steps=spec.passes,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         warmup_ratio=0.0,

@@ -35,14 +35,16 @@ def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
     gc.collect()
     meter.ready(trained, **facts)
     for step in range(spec.steps):
-        ids = batch_of(spec, step).to(device)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        total = torch.zeros((), device=device)
+        for ids in batch_of(spec, step).to(device).chunk(spec.passes):
+            with torch.autocast(device, dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss / spec.passes
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.step(loss.detach())
+        meter.step(total)
     return [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
 
 

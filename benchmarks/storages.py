@@ -4,8 +4,8 @@ LoRA of rank 8 on all linear layers of SmolLM2-135M, E2E NLG, the same rows in t
 the frozen base; full fine-tuning of the dense model beside them. Loss on held-out rows before and after, and the
 paired difference to the dense base, row by row, with a bootstrap interval (95 %).
 
-fp8 is the weights alone, on a CPU. The model is 135M parameters whose weights were stored in 4 bits once (Q4_1: uniform levels, blocks of 32), so what 4
-bits cost here is not what they cost a model that was never quantised.
+fp8 is the weights alone, on a CPU. The model is 135M parameters whose weights were stored in 4 bits once (Q4_1: uniform
+levels, blocks of 32), so what 4 bits cost here is not what they cost a model that was never quantised.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.gpu_rows import Row
 from benchmarks.gpu_spec import Spec
-from benchmarks.gpu_sweep import Clock, choose, chosen, entry, ratios, rounds, scan
+from benchmarks.gpu_sweep import SCAN_STEPS, Clock, choose, chosen, entry, ratios, rounds, scan
 
 ROW = Row(
     "8b",
@@ -54,8 +54,8 @@ def test_a_scan_tries_every_variant_and_the_bound_comes_from_the_peer() -> None:
     seen: list[Spec] = []
     trials = scan(ROW, list(ROW.systems), fake(TABLE, seen), Clock(None))
     assert [spec.system for spec in seen] == ["qlora-unsloth", "ours-nf4", "ours-nf4", "ours-nf4"]
-    assert all(spec.steps == 3 for spec in seen)
-    assert chosen(ROW, trials)["ours-nf4"].variant == {"batch": 4, "recompute": "layers", "compile": True}
+    assert all(spec.steps == SCAN_STEPS for spec in seen)
+    assert chosen(ROW, trials)["ours-nf4"].variant == {"batch": 4, "passes": 1, "recompute": "layers", "compile": True}
     trials["qlora-unsloth"][0]["peak_gib"] = 8.0
     assert chosen(ROW, trials)["ours-nf4"].batch == 1
 

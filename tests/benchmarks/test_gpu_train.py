@@ -15,7 +15,7 @@ from benchmarks.gpu_child import MARK, out_of_memory
 from benchmarks.gpu_longest import GRAIN, confirmed, longest
 from benchmarks.gpu_rows import ROWS
 from benchmarks.gpu_spec import Spec
-from benchmarks.gpu_sweep import Clock
+from benchmarks.gpu_sweep import SCAN_STEPS, Clock
 from benchmarks.gpu_table import table
 
 
@@ -33,7 +33,7 @@ def measured(held: dict[str, Any], name: str, speeds: dict[str, float], **change
         speed = speeds[spec.system]
         return {**(result(speed * spec.batch) if speed else {"oom": "CUDA out of memory"}), "variant": spec.variant}
 
-    options = argparse.Namespace(**{"systems": list(speeds), "reuse": False, "rounds": 2, "steps": 8} | changes)
+    options = argparse.Namespace(**{"systems": list(speeds), "reuse": False, "rounds": 2, "steps": 9} | changes)
     gpu_train.measure(held, name, options, Clock(None), lambda: None, run)
     return seen
 
@@ -59,7 +59,7 @@ def test_calls_fill_one_file_and_each_part_tells_its_commit(tmp_path: Path, monk
     systems = saved["rows"]["8b-bf16"]["systems"]
     assert saved["commit"] == "def" and saved["dirty"] is False
     assert (systems["ours"]["commit"], systems["ours"]["dirty"], systems["peft"]["commit"]) == ("abc", True, "def")
-    assert systems["ours"]["variant"]["batch"] == 2 and systems["ours"]["tokens_per_second"] == 200
+    assert systems["ours"]["variant"]["batch"] == 3 and systems["ours"]["tokens_per_second"] == 300
     assert saved["rows"]["8b-bf16"]["ratios"]["ours"]["unsloth"]["tokens_per_second"]["median"] == pytest.approx(10 / 9)
     assert "65b" in saved["rows"]
     assert "unsloth" in table("8b-bf16", saved["rows"]["8b-bf16"])
@@ -69,7 +69,7 @@ def test_what_was_measured_is_not_replaced_by_what_was_only_tried() -> None:
     held: dict[str, Any] = {}
     measured(held, "8b-bf16", {"ours": 100})
     measured(held, "8b-bf16", {"ours": 0})
-    assert held["rows"]["8b-bf16"]["systems"]["ours"]["tokens_per_second"] == 200
+    assert held["rows"]["8b-bf16"]["systems"]["ours"]["tokens_per_second"] == 300
 
 
 def test_a_system_that_never_fits_leaves_its_trials_and_a_table_without_it() -> None:
@@ -85,10 +85,10 @@ def test_a_scan_is_reused_only_where_it_tried_todays_variants() -> None:
     held: dict[str, Any] = {}
     measured(held, "8b-bf16", {"ours": 100}, rounds=0)
     again = measured(held, "8b-bf16", {"ours": 100}, reuse=True)
-    assert [spec.steps for spec in again] == [8, 8]
+    assert [spec.steps for spec in again] == [9, 9]
     held["rows"]["8b-bf16"]["systems"]["ours"]["trials"].pop()
     again = measured(held, "8b-bf16", {"ours": 100}, reuse=True)
-    assert [spec.steps for spec in again][:3] == [3, 3, 3]
+    assert [spec.steps for spec in again][:3] == [SCAN_STEPS] * 3
 
 
 @pytest.mark.parametrize(
