@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.bases.nf4 import NF4
 from veneer.methods.lora import LoRA
+from veneer.model import tiled
 from veneer.model.layers import arrange, as_they_were, decoder_layers
 from veneer.model.leaf import Leaf
 from veneer.model.load import prepare
@@ -119,6 +120,70 @@ def test_where_the_last_layer_has_no_adapter_nothing_is_left_out(model, monkeypa
     assert found[1].keys() == wanted[1].keys() and all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "TILE", 24)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (80,), (20,)])  # 64 and 96 tokens in pieces of 24; 32 in two
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_mlp_in_pieces_gives_the_same(model, small_tiles, lengths, compiled):
+    wanted = losses(model, lengths)
+    arrange(model, compiled=compiled, recompute=2, backend="aot_eager")
+    for _ in range(2):  # the first finds out which product need not be computed again
+        same(losses(model, lengths), wanted)
+    as_they_were(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_an_mlp_in_pieces_is_computed_as_often_as_without(model, small_tiles, monkeypatch):
+    rows: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, Leaf) and "layers.0" in name:
+            times = module.base.matmul
+
+            def counted(x, *rest, name=name, times=times):
+                assert len(x) <= tiled.TILE or "mlp" not in name
+                rows[name.rpartition(".")[2]] += len(x)
+                return times(x, *rest)
+
+            monkeypatch.setattr(module.base, "matmul", counted)
+    arrange(model, recompute=-1)
+    losses(model)
+    rows.clear()
+    losses(model)
+    tokens = len(stream_of().token_ids_T)
+    assert rows == dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 2 * tokens) | {
+        "down_proj": tokens
+    }
+
+
+def test_pieces_of_several_slots_and_of_one_over_a_part(model, small_tiles):
+    for path in linear_paths(model):
+        leaf = leaf_at(model, path)
+        leaf.slots["two"] = LoRA(torch.randn(3, leaf.in_features) / 8, torch.randn(leaf.out_features, 3) / 8, 1.0)
+    wiring_of(model).slots.append("two")
+
+    def both():
+        for parameter in model.parameters():
+            parameter.grad = None
+        generator = torch.Generator().manual_seed(1)
+        rows = [torch.randint(90, (length,), generator=generator).tolist() for length in (30, 33, 20)]
+        stream = pack(rows, ["one", None, "two"], multiple=32)
+        with running(model, stream):
+            sums_N, _ = cross_entropy(model, stream, targets_of(stream, [[True] * len(row) for row in rows]))
+            sums_N.sum().backward()
+        return sums_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = both()
+    arrange(model, recompute=-1)
+    found = both()
+    torch.testing.assert_close(found[0], wanted[0])
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).abs().max() <= CLOSE * gradient.abs().max(), name
+
+
 class Held:
     """A tensor that a graph keeps for backward."""
 
@@ -163,14 +228,15 @@ def test_compiled_layers_give_the_same(model, count):
     same(losses(model, (40, 24)), wanted[1])
 
 
-def test_all_layers_share_one_compilation(model):
+@pytest.mark.parametrize("recompute", [0, -1])
+def test_all_layers_share_one_compilation(model, recompute):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     def compiled(layers: int) -> int:
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         model.config.num_hidden_layers = layers  # as many as the model's own loop runs
-        arrange(model, compiled=True, backend=counter)
+        arrange(model, compiled=True, recompute=recompute, backend=counter)
         losses(model)
         losses(copy.deepcopy(model))
         return counter.frame_count

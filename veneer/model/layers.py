@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.model.packed import Wiring, wiring_of
 from veneer.model.recompute import Shelf, recomputed, unread_leaf
+from veneer.model.tiled import own_forward, tile, tiled_mlp, untile
 
 Kind = tuple[tuple[str, type], ...]  # the modules of a layer
 
@@ -32,19 +33,25 @@ def arrange(
     Recomputed layers keep only their input for backward, with `offload` on the host. The first ones, because theirs is
     kept longest. backend: torch.compile's.
     """
+    as_they_were(model)
     wiring, function = wiring_of(model), torch.compile(_own_forward, backend=backend) if compiled else None
+    mlp_function = torch.compile(own_forward, backend=backend) if compiled else own_forward
     layers = decoder_layers(model)
     count = len(layers) if recompute < 0 else recompute
     shelf = Shelf(next(model.parameters()).device) if offload else None
     unread: dict[Kind, str | None] = {}
     for number, layer in enumerate(layers):
         layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf, unread)
+        if number < count and (mlp := tiled_mlp(layer)) is not None:
+            tile(mlp, wiring, mlp_function)
 
 
 def as_they_were(model: nn.Module) -> None:
     """Undoes `arrange`."""
     for layer in decoder_layers(model):
         layer.__dict__.pop("forward", None)
+        if (mlp := tiled_mlp(layer)) is not None:
+            untile(mlp)
 
 
 class Run:

@@ -89,9 +89,10 @@ class Leaf(nn.Module):
         stream, voice = self.wiring.stream, self.wiring.voice
         if stream is None:
             return [Span(0, tokens, voice)] if voice is not None and voice in self.slots else ()
-        if tokens != len(stream.token_ids_T):
-            raise RuntimeError(f"{self.path}: got {tokens} rows, the running stream has {len(stream.token_ids_T)}")
-        return [span for span in stream.spans if span.slot in self.slots]
+        try:
+            return [span for span in self.wiring.spans(tokens) if span.slot in self.slots]
+        except ValueError as error:
+            raise RuntimeError(f"{self.path}: {error}") from error
 
     def _by_delta(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
         """The general way, for any method and for dropout: one delta a span."""

@@ -20,7 +20,7 @@ from veneer.bases.unread import Unread
 from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION, varlen_of
 from veneer.model.siblings import Waiting
-from veneer.model.stream import Stream
+from veneer.model.stream import Span, Stream
 
 if TYPE_CHECKING:
     from veneer.model.leaf import Leaf
@@ -37,6 +37,7 @@ class Wiring:
         self.thin: tuple | None = None  # x and its thin products, while siblings are traced: see veneer.model.traced
         self.latest: Leaf | None = None  # whose product was the last one; None: a family's, computed together
         self.unread: Leaf | None = None  # whose product nobody will read: see veneer.model.recompute
+        self.window: slice | None = None  # of the stream's rows: those that leaves are fed now; None: all
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
@@ -45,6 +46,27 @@ class Wiring:
         """What is to be multiplied of leaves that are computed together."""
         self.latest = leaves[0] if len(leaves) == 1 else None
         return [Unread(leaf.base) if leaf is self.unread else leaf.base for leaf in leaves]
+
+    @contextmanager
+    def seeing(self, rows: slice) -> Iterator[None]:
+        """While inside, leaves are fed these rows of the stream."""
+        self.window = rows
+        try:
+            yield
+        finally:
+            self.window = None
+
+    def spans(self, tokens: int) -> Sequence[Span]:
+        """Who speaks over the rows that leaves are fed now. Raises ValueError where it is another number of rows."""
+        stream = self.stream
+        assert stream is not None
+        start, stop = (self.window.start, self.window.stop) if self.window else (0, len(stream.token_ids_T))
+        if tokens != stop - start:
+            raise ValueError(f"got {tokens} rows, the running stream has {stop - start}")
+        if self.window is None:
+            return stream.spans
+        inside = [span for span in stream.spans if span.start < stop and span.stop > start]
+        return [Span(max(s.start, start) - start, min(s.stop, stop) - start, s.slot, s.weight) for s in inside]
 
     @contextmanager
     def leaving_out(self, leaf: Leaf | None) -> Iterator[None]:

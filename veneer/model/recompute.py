@@ -6,7 +6,8 @@ Source: Chen et al. 2016, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +46,23 @@ def unread_leaf(layer: nn.Module, wiring: Wiring, hidden: Tensor, run: Layer) ->
         with wiring.leaving_out(last):
             out = run(x)
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(out, [x, *trained], torch.ones_like(out), allow_unused=True)
-    return inside[last] if all(bool(g.isfinite().all()) for g in found if g is not None) else None
+    with _own_gradients(trained):
+        torch.autograd.backward(out, torch.ones_like(out))
+        found = [tensor.grad for tensor in (x, *trained) if tensor.grad is not None]
+        return inside[last] if all(bool(grad.isfinite().all()) for grad in found) else None
+
+
+@contextmanager
+def _own_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While inside, the parameters' gradients begin at zero; after, they are what they were, in the same memory."""
+    held = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(parameters, held, strict=True):
+            parameter.grad = grad
 
 
 class _Recompute(torch.autograd.Function):
