@@ -17,6 +17,7 @@ from benchmarks.gpu_spec import Spec
 
 GRAIN = 512  # tokens
 MOST = 2**18
+TIMED = 5  # steps of the run that confirms
 
 
 def longest(fits: Callable[[int], bool], grain: int = GRAIN, most: int = MOST, least: int = 0) -> int:
@@ -67,7 +68,7 @@ def confirmed(spec: Spec, cap_gib: float, sequence: int, run: Callable[[Spec], d
         tokens = int(sequence * share) // GRAIN * GRAIN
         if tokens == 0:
             break
-        made = run(spec.but(sequence=tokens, cap_gib=cap_gib))
+        made = run(spec.but(sequence=tokens, cap_gib=cap_gib, steps=TIMED))
         if "tokens_per_second" in made:
             return {"sequence": tokens, "cap_gib": cap_gib, "searched": sequence, **made}
     return {"sequence": 0, "cap_gib": cap_gib, "searched": sequence, **made}

@@ -7,6 +7,7 @@ import platform
 import threading
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from benchmarks import record
 
-# First steps that are not timed: compiling, choosing kernels, and the optimiser's first allocation.
-WARM_UP = 2
+# First steps that are not timed: compiling, choosing kernels, the optimiser's first allocation, recording a graph.
+WARM_UP = 3
 GIB = 2**30
 EVERY = 0.02  # seconds between samples of the driver's figure
 PEERS = ("bitsandbytes", "liger-kernel", "peft", "torch", "torchao", "transformers", "triton", "unsloth", "unsloth-zoo")
@@ -28,7 +29,7 @@ class Meter:
     def __init__(self, started: float) -> None:
         self.started = started  # time.time() at which the driver started this process
         self.driver = DriverMemory()
-        self.marks: list[Any] = []  # of each step, see `step`
+        self.marks: list[Any] = []  # of each step, see `_mark`
         self.losses: list[float | Tensor] = []
         self.facts: dict[str, Any] = {}
         self.begun = 0.0
@@ -50,27 +51,30 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
         self.begun, self.start = time.perf_counter(), _mark()
 
-    def step(self, loss: float | Tensor, seconds: float | None = None) -> None:
-        """A step has ended, or been launched. Its time is that since the last one: its data and optimiser included.
-
-        seconds: by the system's own clock; None: the device takes the time, and nobody waits for it here.
-        """
+    def step(self, loss: float | Tensor) -> None:
+        """A step has been launched, up to its optimiser; nobody waits for it here, but for the first."""
+        self.mark()
         self.losses.append(loss)
-        self.marks.append(_mark() if seconds is None else seconds)
+
+    def mark(self) -> None:
+        """The end of a step, on the device's own clock: all that was launched so far is the step's, or an earlier's."""
+        self.marks.append(_mark())
         if len(self.marks) == 1:
             settle()
             self.facts["first_step_seconds"] = time.perf_counter() - self.begun
             self.facts["start_to_first_step_seconds"] = time.time() - self.started
 
     def result(self, tokens_per_step: int, moments: Sequence[Tensor] = ()) -> dict[str, Any]:
-        """All figures of the run."""
+        """All figures of the run. Raises ValueError where no step was timed."""
         settle()
-        pairs = zip([self.start, *self.marks], self.marks, strict=False)
-        seconds = [after if isinstance(after, float) else _between(before, after) for before, after in pairs]
+        seconds = [_between(before, after) for before, after in pairwise([self.start, *self.marks])]
         timed = seconds[WARM_UP:]
+        if not timed:
+            raise ValueError(f"{len(seconds)} steps; wanted more than {WARM_UP}, which are not timed")
         return {
-            "tokens_per_second": tokens_per_step / median(timed),
-            "step_seconds": median(timed),
+            "tokens_per_second": tokens_per_step * len(timed) / sum(timed),
+            "step_seconds": sum(timed) / len(timed),
+            "median_step_seconds": median(timed),
             "all_step_seconds": seconds,
             "losses": [float(loss) for loss in self.losses],
             **self.facts,

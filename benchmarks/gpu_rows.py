@@ -32,7 +32,7 @@ OURS_SMALL: tuple[Variant, ...] = (
     (4, "28", True, 4),
     (4, "27", True, 4),
 )
-OFFLOADED: tuple[Variant, ...] = ((4, "unsloth", False),)
+OFFLOADED: tuple[Variant, ...] = ((4, "unsloth", False), (4, "unsloth", False, 4))
 UNSLOTH_FAST: tuple[Variant, ...] = ((1, "none", False), (2, "none", False), (3, "none", False))
 LIGER: tuple[Variant, ...] = ((1, "none", False), (1, "none", True), (4, "layers", False))
 
@@ -85,8 +85,8 @@ ROWS: dict[str, Row] = {
         {
             "ours-nf4": OURS_SMALL,
             "qlora-unsloth": OFFLOADED,
-            "qlora-peft-liger": ((4, "layers", False),),
-            "qlora-peft": ((2, "layers", False),),
+            "qlora-peft-liger": ((4, "layers", False), (4, "layers", False, 4)),
+            "qlora-peft": ((2, "layers", False), (4, "layers", False, 4)),
         },
         within="qlora-unsloth",
     ),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
+from benchmarks.gpu_meter import WARM_UP
 from benchmarks.gpu_process import Result, worked
 from benchmarks.gpu_rows import LONGEST, LONGEST_CAPS_GIB, LONGEST_SPEC, ROWS, SYSTEMS, Row, parse_rows, parse_systems
 from benchmarks.gpu_spec import Spec
@@ -158,15 +159,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=parse_rows, default="all", help=f"all, or some of {known}, by commas")
     parser.add_argument("--systems", type=parse_systems, help=f"only these of a row's: {', '.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; 0 only scans")
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a measured run; the first two warm up")
+    parser.add_argument("--steps", type=int, default=20, help=f"optimiser steps of a measured run; {WARM_UP} warm up")
     parser.add_argument("--seconds", type=float, help="begin nothing that would end later than this")
     parser.add_argument("--reuse", action="store_true", help="no scan where the file holds one of the same variants")
     parser.add_argument("--keep-ceiling", action="store_true", help="no new ceiling where the file holds this GPU's")
     parser.add_argument("--caps", type=_caps, default=list(LONGEST_CAPS_GIB), help="limits in GiB for `longest`")
     parser.add_argument("--output", type=Path, default=record.RESULTS / f"{NAME}.json", help="file to merge into")
     options = parser.parse_args()
-    if options.steps < 4 or options.rounds < 0:
-        parser.error("wanted --steps of at least 4 and --rounds of at least 0")
+    if options.steps <= WARM_UP or options.rounds < 0:
+        parser.error(f"wanted --steps above {WARM_UP} and --rounds of at least 0")
     return options
 
 

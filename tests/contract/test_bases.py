@@ -72,6 +72,16 @@ def near(got, left, right, wanted, dtype):
 
 
 @pytest.mark.parametrize("name", BASES)
+@given(**shapes)
+def test_products_of_several_layers_are_those_of_each(name, outside, inside, tokens, seed):
+    one, two = make(name, outside, inside, seed=seed), make(name, outside + 3, inside, seed=seed + 1)
+    x_TI = torch.randn(tokens, inside, generator=torch.Generator().manual_seed(seed))
+    into = torch.randn(tokens, outside + 3, generator=torch.Generator().manual_seed(seed + 2))
+    found = type(one).matmuls([one, two], x_TI, [None, into.clone()])
+    assert torch.equal(found[0], one.matmul(x_TI)) and torch.equal(found[1], two.matmul(x_TI, into.clone()))
+
+
+@pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("dtype", ERROR)
 @given(**shapes)
 def test_both_products_are_those_of_the_dense_weight(name, dtype, outside, inside, tokens, seed):

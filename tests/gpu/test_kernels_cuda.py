@@ -233,17 +233,24 @@ def test_encoding_a_large_weight_takes_little_beside_it():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 3), (500, 1000, 16), (1000, 4097, 20), (4096, 4096, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_both_thin_products_in_one_read(shape, dtype):
-    from veneer.kernels.thin_triton import through_b
+    from veneer.kernels.thin_triton import thin_gradients
 
     tokens, out, rank = shape
     wide_g, wide_z = gaussian(tokens, out + 8), gaussian(tokens, 2 * rank, seed=1)
     wide_g[:, out:], wide_z[:, :rank] = torch.nan, torch.nan  # what a wrong stride would read
     g, z = wide_g.to("cuda", dtype)[:, :out], wide_z.to("cuda", dtype)[:, rank:]
     b = gaussian(out, rank, seed=2).to("cuda", dtype)
-    dz, db = through_b(g, z, b, torch.float32)
+    dz, db = thin_gradients(g, z, b, torch.float32)
     assert dz.dtype == dtype and db.dtype == torch.float32
     # Sums in float32 of up to 4,097 products of size 1: off by 2^-24 of a sum of sizes; dz is rounded once more.
     torch.testing.assert_close(db.double(), g.double().t() @ z.double(), rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(dz.double(), g.double() @ b.double(), rtol=2**-8, atol=1e-2)
-    again = through_b(g, z, b, torch.float32)
+    again = thin_gradients(g, z, b, torch.float32)
     assert same(dz, again[0]) and same(db, again[1])
+
+
+def test_fp8_layers_that_share_x_give_what_each_gives(e4m3):
+    one, two = (FP8.from_weight(gaussian(size, 64, seed=size).to("cuda", torch.bfloat16)) for size in (48, 80))
+    x, into = gaussian(33, 64).to("cuda", torch.bfloat16), gaussian(33, 80).to("cuda", torch.bfloat16)
+    found = FP8.matmuls([one, two], x, [None, into.clone()])
+    assert same(found[0], one.matmul(x)) and same(found[1], two.matmul(x, into.clone()))

@@ -78,6 +78,7 @@ def test_a_layer_is_compiled_in_one_piece(model, lengths):
     torch._dynamo.utils.counters.clear()
     arrange(model, compiled=True)
     computed(model, ready(model, lengths))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from veneer.bases.dense import Dense
-from veneer.kernels.lora import Piece, lora_linear, lora_linears
+from veneer.kernels.lora import Piece, _Cast, lora_linear, lora_linears
 from veneer.methods.lora import LoRA
 
 # Both sides are float64 sums of at most 40 terms of size 1, in different orders: 40 · 2⁻⁵³ is 5e-15.
@@ -94,6 +94,30 @@ def test_output_and_all_gradients_equal_the_oracle(case):
     assert_same(got[1], wanted[1], **EXACT)
     for mine, theirs in zip(got[2], wanted[2], strict=True):
         assert_same(mine, theirs, **EXACT)
+
+
+def neighbours(forward):
+    """`forward` with factors cut from one piece of memory, every A before every B, as a job's parameters lie."""
+
+    def cut(x, base, pieces, factors):
+        flat = [a for a, _ in factors] + [b for _, b in factors]
+        parts = torch.cat([tensor.flatten() for tensor in flat]).split([tensor.numel() for tensor in flat])
+        views = [part.view_as(old) for part, old in zip(parts, flat, strict=True)]
+        cast = _Cast(
+            [v for pair in zip(views[: len(factors)], views[len(factors) :], strict=True) for v in pair], x.dtype
+        )
+        assert cast.block_RI is not None and torch.equal(cast.block_RI, torch.cat(cast.a))
+        return forward(x, base, pieces, list(zip(views[: len(factors)], views[len(factors) :], strict=True)))
+
+    return cut
+
+
+@given(case=cases(), dtype=st.sampled_from([torch.float64, torch.bfloat16]))
+def test_factors_that_are_neighbours_in_memory_give_the_same(case, dtype):
+    got, wanted = run(neighbours(lora_linear), case, dtype), run(lora_linear, case, dtype)
+    tolerance = EXACT if dtype == torch.float64 else {"rtol": 2**-6, "atol": 2**-6 * 40}  # sums in another order
+    for mine, theirs in zip((*got[:2], *got[2]), (*wanted[:2], *wanted[2]), strict=True):
+        assert_same(mine, theirs, **tolerance)
 
 
 @given(case=cases(), frozen=st.sets(st.integers(0, 5)))

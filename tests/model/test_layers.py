@@ -88,6 +88,19 @@ def products(model, monkeypatch) -> list[str]:
     return seen
 
 
+def after_mlp(layer, change):
+    own = type(layer.mlp).forward
+    layer.mlp.forward = lambda x: change(own(layer.mlp, x))
+
+
+def arrange_alone(model):
+    """Recomputes all layers, with what a test has put on their MLPs left in place."""
+    held = [layer.mlp.__dict__.get("forward") for layer in decoder_layers(model)]
+    arrange(model, recompute=-1)
+    for layer, forward in zip(decoder_layers(model), held, strict=True):
+        layer.mlp.forward = forward
+
+
 def test_the_last_product_of_a_layer_is_computed_once(model, monkeypatch):
     arrange(model, recompute=-1)
     losses(model)  # finds out
@@ -101,14 +114,66 @@ def test_a_last_product_that_a_gradient_reads_is_computed_again(model, monkeypat
     # As in families that scale what a layer adds: the gradient of the scale is the product itself.
     for layer in decoder_layers(model):
         layer.mlp.scale = torch.nn.Parameter(torch.full((32,), 0.5))
-        own = type(layer.mlp).forward
-        monkeypatch.setattr(layer.mlp, "forward", lambda x, own=own, mlp=layer.mlp: own(mlp, x) * mlp.scale)
+        after_mlp(layer, lambda y, scale=layer.mlp.scale: y * scale)
     wanted = losses(model)
-    arrange(model, recompute=-1)
+    arrange_alone(model)
     found = losses(model)
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
     assert any("scale" in name for name in wanted[1])
     assert Counter(name.rpartition(".")[2] for name in products(model, monkeypatch))["down_proj"] == 6
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_function_that_swallows_nan_does_not_hide_what_it_reads(last):
+    """ReLU's gradient asks whether its input is above zero: NaN is not, so the gradient stays finite, and is wrong."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 90}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=4, hidden_act="relu")).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    prepare(model)
+    for path in linear_paths(model):
+        if path.endswith("dense_h_to_4h") or (last and path.endswith("dense_4h_to_h")):
+            leaf = leaf_at(model, path)
+            leaf.slots["one"] = LoRA(torch.randn(4, leaf.in_features) / 8, torch.randn(leaf.out_features, 4) / 8, 0.5)
+    wiring_of(model).slots.append("one")
+    wanted = losses(model)
+    arrange(model, recompute=-1)
+    found = losses(model)
+    assert found[1].keys() == wanted[1].keys()
+    assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+
+
+@pytest.mark.parametrize("function", [torch.relu, lambda y: y.clamp(-1, 1), torch.abs])
+@pytest.mark.parametrize("offset", [0.0, 50.0, -50.0])  # a ReLU that is open, or shut, for every token
+def test_functions_that_decide_by_comparing_read_the_product(model, function, offset):
+    for layer in decoder_layers(model):
+        after_mlp(layer, lambda y: function(y + offset))
+    wanted = losses(model)
+    arrange_alone(model)
+    found = losses(model)
+    assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+
+
+def test_layers_that_differ_in_what_is_trained_answer_for_themselves(model):
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.mlp.scale = torch.nn.Parameter(torch.full((32,), 0.5), requires_grad=number > 0)
+        after_mlp(layer, lambda y, scale=layer.mlp.scale: y * scale)
+    wanted = losses(model)
+    arrange_alone(model)
+    found = losses(model)
+    assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+
+
+def test_a_users_hook_sees_what_is_computed(model):
+    seen = []
+    decoder_layers(model)[1].mlp.down_proj.register_forward_hook(lambda *given: seen.append(given[2].isfinite().all()))
+    arrange(model, recompute=-1)
+    losses(model)
+    losses(model)
+    assert len(seen) == 4 and all(seen)
 
 
 def test_where_the_last_layer_has_no_adapter_nothing_is_left_out(model, monkeypatch):
@@ -298,8 +363,8 @@ def test_a_users_own_compilation_takes_the_eager_way(model):
     ids = torch.tensor([[1, 2, 3, 4]])
     wiring_of(model).voice = "one"
     wanted = model(ids).logits
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits, wanted)
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids).logits, wanted)
     for leaf in model.modules():
         if isinstance(leaf, Leaf) and "one" in leaf.slots:
             leaf.slots["one"].dropout = 0.5

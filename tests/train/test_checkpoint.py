@@ -45,6 +45,16 @@ def test_all_jobs_come_back_to_the_bit(jobs: list, fresh: list, tmp_path: Path) 
         assert all(torch.equal(tensors[name], tensors_after[name]) for name in tensors)
 
 
+def test_another_format_is_refused(jobs: list, fresh: list, tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, jobs, RUN, keep=2)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "format": checkpoint.FORMAT - 1}))
+    before = fresh[0].flat.values_P.detach().clone()
+    with pytest.raises(CheckpointError, match=f"format {checkpoint.FORMAT - 1}, this veneer reads {checkpoint.FORMAT}"):
+        checkpoint.restore(folder, fresh, RUN)
+    assert torch.equal(fresh[0].flat.values_P, before)
+
+
 def test_the_last_ones_are_kept(jobs: list, tmp_path: Path) -> None:
     for step in (1, 2, 10, 11):
         for job in jobs:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from veneer.adapter.attach import detach
-from veneer.errors import NonFiniteLossError
+from veneer.errors import NonFiniteLossError, NotEnoughMemoryError
 from veneer.model.losses import sequence_nll
 
 # Three jobs with nothing in common but the base. Data: (rows, seed) of training, (rows, seed) of validation.
@@ -163,6 +163,26 @@ def test_a_step_begun_after_a_failed_one_changes_nothing(pico: Any, job: Any, ex
     assert len(values) == 4, "no step was begun before the third was read: this tests nothing"
     assert one.step == 2
     assert torch.equal(one.flat.values_P, values[2])
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_error_in_a_step_leaves_the_one_before_it_told(
+    pico: Any, job: Any, examples: Any, run_loop: Any, broken: bool
+) -> None:
+    one = job(pico, "one", examples(24), max_steps=6, save_steps=9, eval_steps=9)
+    own, told = one.update, []
+
+    def update(loss: torch.Tensor) -> Any:
+        if one.step == 3:
+            raise MemoryError("no more")
+        if one.step == 2 and broken:
+            one.flat.grads_P[0] = math.nan
+        return own(loss)
+
+    one.update = update
+    with pytest.raises(NonFiniteLossError if broken else NotEnoughMemoryError, match="step 3 of 6" if broken else None):
+        run_loop(pico, one, ahead=True, watch=lambda job, facts: told.append(facts["step"]))
+    assert told == ([1, 2] if broken else [1, 2, 3])
 
 
 def test_every_failed_job_is_named(pico: Any, made: Any, run_loop: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from veneer.kernels.fourbit import dequantise_4bit_reference
 from veneer.kernels.nested import Nested, dequantise_absmax
+from veneer.kernels.triton_here import has_triton
 
 
 def dequantise_4bit(
@@ -49,7 +48,7 @@ def _decoded(
     offset: Tensor | None,
 ) -> Tensor:
     nested = None if nested_absmax is None else Nested(nested_absmax, nested_values, offset)
-    if packed.is_cuda and importlib.util.find_spec("triton"):
+    if packed.is_cuda and has_triton():
         from veneer.kernels.fourbit_triton import dequantise_4bit_triton
 
         return dequantise_4bit_triton(packed, absmax_K, (rows, columns), dtype, levels, nested)

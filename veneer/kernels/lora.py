@@ -3,7 +3,7 @@
 Legend: T tokens, I in, O out, R rank (of several pairs together: their sum).
 
 Why one operation: written as separate ones, autograd makes a pass over x and one over y for every product and sum.
-Here both products land in the buffer that the frozen product wrote, and only x and z = x A' are kept for backward.
+Here both products land in the buffer that the frozen product wrote, and only x and z = s x A' are kept for backward.
 Layers that are fed the same x (q, k, v; gate, up) share the thin products over x: one for all A, one for all their
 gradients, and their gradients for x land in one buffer. `LoRA.delta` is the oracle (tests/kernels/test_lora.py).
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from veneer.kernels.thin import outer, through_b
+from veneer.kernels.thin import summed_product, thin_gradients
 
 
 class Products(Protocol):
@@ -26,9 +26,6 @@ class Products(Protocol):
 
     @property
     def adds(self) -> bool: ...
-
-    @classmethod
-    def matmuls(cls, bases: Sequence[Any], x_TI: Tensor, intos: Sequence[Tensor | None]) -> list[Tensor]: ...
 
     def matmul(self, x_TI: Tensor, into: Tensor | None = None) -> Tensor: ...
 
@@ -95,7 +92,7 @@ def products(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs (T, O) of every layer, and z = s x A' of every run of pieces; nothing is recorded for autograd."""
     cast, runs = _Cast(factors, x_TI.dtype), _runs(pieces)
-    zs = [x_TI[run[0].start : run[0].stop] @ cast.stacked(run).t() for run in runs]
+    zs = [cast.scaled(x_TI[run[0].start : run[0].stop] @ cast.stacked(run).t(), run) for run in runs]
     parts = [part for run, z in zip(runs, zs, strict=True) for part in zip(run, cast.split(z, run, 1), strict=True)]
     intos: list[Tensor | None] = [None] * len(bases)
     later = []
@@ -115,8 +112,8 @@ def products(
 
 def matmuls(bases: Sequence[Products], x_TI: Tensor, intos: Sequence[Tensor | None]) -> list[Tensor]:
     """x W' of every base, added to what is given for it; a storage may share what it makes of x among its own."""
-    kind = type(bases[0])
-    if all(type(base) is kind for base in bases):
+    kind: Any = type(bases[0])  # a member of BASES, where there are several: see veneer.bases.base
+    if len(bases) > 1 and all(type(base) is kind for base in bases):
         return kind.matmuls(bases, x_TI, intos)
     return [base.matmul(x_TI, into) for base, into in zip(bases, intos, strict=True)]
 
@@ -138,16 +135,16 @@ def gradients(
     for run, dz_TR in zip(runs, dzs, strict=True):
         if any(needed[2 * piece.pair] for piece in run):
             rows = slice(run[0].start, run[0].stop)
-            da_RI = outer(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
+            da_RI = summed_product(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
             for piece, da in zip(run, cast.split(da_RI, run, 0), strict=True):
-                grads.add(2 * piece.pair, da, piece.scale)
+                grads.add(2 * piece.pair, da)
     return (_through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
 
 
 def _through_b(
     run: Sequence[Piece], gs_TO: Sequence[Tensor | None], z_TR: Tensor, cast: _Cast, grads: _Gradients
 ) -> Tensor:
-    """The gradient of a run's z (T, R); those of its B are added to `grads`."""
+    """The gradient of a run's x A' (T, R); those of its B are added to `grads`."""
     rows, parts = slice(run[0].start, run[0].stop), []
     for piece, z in zip(run, cast.split(z_TR, run, 1), strict=True):
         g_TO, b_index = gs_TO[piece.layer], 2 * piece.pair + 1
@@ -158,10 +155,10 @@ def _through_b(
         if not grads.needed[b_index]:
             parts.append(g @ cast.b[piece.pair])
             continue
-        dz, db_OR = through_b(g, z, cast.b[piece.pair], grads.dtypes[b_index])
+        dz, db_OR = thin_gradients(g, z, cast.b[piece.pair], grads.dtypes[b_index])
         parts.append(dz)
         grads.add(b_index, db_OR)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return cast.scaled(parts[0] if len(parts) == 1 else torch.cat(parts, 1), run)
 
 
 def _through_x(
@@ -200,11 +197,10 @@ class _Gradients:
         self.dtypes, self.needed = dtypes, needed
         self.sums: list[Tensor | None] = [None] * len(dtypes)
 
-    def add(self, index: int, value: Tensor, scale: float = 1.0) -> None:
+    def add(self, index: int, value: Tensor) -> None:
         if not self.needed[index]:
             return
         value = value.to(self.dtypes[index])
-        value = value if scale == 1.0 else value * scale
         held = self.sums[index]
         self.sums[index] = value if held is None else held + value
 
@@ -218,49 +214,55 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 class _Cast:
-    """The factors in the activations' dtype. Where they lie one behind the other, every A before every B, one launch
+    """The factors in the activations' dtype. Where they are neighbours in memory, every A before every B, one launch
     casts all, and every A is one matrix already."""
 
     def __init__(self, factors: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.a, self.b = list(factors[0::2]), list(factors[1::2])
         self.block_RI: Tensor | None = None  # every A, one above the other
-        block = _one_behind_the_other([*self.a, *self.b])
+        block = _contiguous_block([*self.a, *self.b])
         if block is None:
             self.a, self.b = ([factor.to(dtype) for factor in side] for side in (self.a, self.b))
             return
-        sizes = [factor.numel() for factor in (*self.a, *self.b)]
-        block = block.to(dtype)
-        parts = iter(block.split(sizes))
-        self.block_RI = block[: sum(sizes[: len(self.a)])].view(-1, self.a[0].shape[1])
-        self.a, self.b = ([next(parts).view(old.shape) for old in side] for side in (self.a, self.b))
+        if block.dtype != dtype:
+            block = block.to(dtype)
+            parts = iter(block.split([factor.numel() for factor in (*self.a, *self.b)]))
+            self.a, self.b = ([next(parts).view(old.shape) for old in side] for side in (self.a, self.b))
+        self.block_RI = block[: sum(map(torch.numel, self.a))].view(-1, self.a[0].shape[1])
 
     def stacked(self, run: Sequence[Piece]) -> Tensor:
-        """s A of every piece of a run, one above the other: (R, I). With the scale in A it is in z too, once for all
-        that is made of z."""
+        """The A of every piece of a run, one above the other: (R, I)."""
+        if len(run) == 1:
+            return self.a[run[0].pair]
+        if self.block_RI is not None and [piece.pair for piece in run] == list(range(len(self.a))):
+            return self.block_RI
+        return torch.cat([self.a[piece.pair] for piece in run])
+
+    def scaled(self, z_TR: Tensor, run: Sequence[Piece]) -> Tensor:
+        """Each piece's part times its scale, in place: once for all that is made of z."""
         scale = run[0].scale
         if any(piece.scale != scale for piece in run):
-            return torch.cat([self.a[piece.pair] * piece.scale for piece in run])
-        if self.block_RI is not None and [piece.pair for piece in run] == list(range(len(self.a))):
-            above_RI = self.block_RI
-        else:
-            above_RI = self.a[run[0].pair] if len(run) == 1 else torch.cat([self.a[piece.pair] for piece in run])
-        return above_RI if scale == 1.0 else above_RI * scale
+            for piece, z in zip(run, self.split(z_TR, run, 1), strict=True):
+                z.mul_(piece.scale)
+            return z_TR
+        return z_TR if scale == 1.0 else z_TR.mul_(scale)
 
     def split(self, x: Tensor, run: Sequence[Piece], dim: int) -> Sequence[Tensor]:
         """Each piece's part along the stacked ranks."""
         return (x,) if len(run) == 1 else x.split([len(self.a[piece.pair]) for piece in run], dim)
 
 
-def _one_behind_the_other(factors: Sequence[Tensor]) -> Tensor | None:
-    """Their memory as one tensor, where they are contiguous neighbours in it and the first ones are equally wide."""
-    if not factors:
+def _contiguous_block(factors: Sequence[Tensor]) -> Tensor | None:
+    """Their memory as one tensor, where each begins where the one before ends and the first half is equally wide."""
+    if not factors or torch.compiler.is_compiling():  # where memory lies cannot be traced
         return None
     first = factors[0]
-    wide = all(factor.shape[1] == first.shape[1] for factor in factors[: len(factors) // 2])
-    place = first.storage_offset()
-    for factor in factors:
-        same = factor.dtype == first.dtype and factor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (wide and same and factor.is_contiguous() and factor.storage_offset() == place):
+    width, dtype, memory = first.shape[1], first.dtype, first.untyped_storage().data_ptr()
+    begin = place = first.storage_offset()
+    for number, factor in enumerate(factors):
+        if factor.storage_offset() != place or factor.dtype != dtype or not factor.is_contiguous():
+            return None
+        if factor.untyped_storage().data_ptr() != memory or (2 * number < len(factors) and factor.shape[1] != width):
             return None
         place += factor.numel()
-    return first.as_strided((place - first.storage_offset(),), (1,))
+    return first.as_strided((place - begin,), (1,))

@@ -5,12 +5,13 @@ Legend: O rows, I columns.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from veneer.kernels.triton_here import has_triton
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -64,7 +65,7 @@ def dequantise_rows(codes_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Te
 def _in_triton(codes: Tensor) -> bool:
     """Whether a kernel of ours can read these codes: e4m3 from compute capability 8.9 on."""
     reads = codes.dtype != E4M3 or torch.cuda.get_device_capability(codes.device) >= (8, 9)
-    return reads and importlib.util.find_spec("triton") is not None
+    return reads and has_triton()
 
 
 def _as_float(codes: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantised(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    if not (x_TI.is_cuda and importlib.util.find_spec("triton")):
+    if not (x_TI.is_cuda and has_triton()):
         return quantise_rows_fp8_reference(x_TI)
     from veneer.kernels.rowwise_triton import quantise_rows_fp8_triton
 

@@ -9,6 +9,8 @@ over those below it; both sums are made by a second launch, always in the same o
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,15 +18,15 @@ from torch import Tensor
 
 LEAST_RANK = 16  # of the hardware's product; a smaller rank is padded
 ROWS, COLUMNS, STAGES, WARPS = 64, 256, 3, 8  # of g that a program reads at a time
-PROGRAMS = 132  # one for each multiprocessor of a H100
+PROGRAMS: int | None = None  # at most about so many; None: one for each multiprocessor of the GPU
 
 
-def through_b(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def thin_gradients(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """g B, (T, R) in g's dtype, and g' z, (O, R) in `dtype`; sums run in float32."""
     tokens, out = g_TO.shape
     rank = b_OR.shape[1]
     across, down = triton.cdiv(out, COLUMNS), triton.cdiv(tokens, ROWS)
-    steps = triton.cdiv(down, max(1, PROGRAMS // across))
+    steps = _coarse(triton.cdiv(down, max(1, (PROGRAMS or _multiprocessors(g_TO.device)) // across)))
     deep = triton.cdiv(down, steps)
     dz_parts = torch.empty(across, tokens, rank, dtype=torch.float32, device=g_TO.device)
     db_parts = torch.empty(deep, out, rank, dtype=torch.float32, device=g_TO.device)
@@ -36,6 +38,17 @@ def through_b(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype) -> t
         num_stages=STAGES,
     )
     return dz_parts.sum(0).to(g_TO.dtype), db_parts.sum(0).to(dtype)
+
+
+def _coarse(count: int) -> int:
+    """The next power of two or three quarters of it: the kernel is compiled anew for every number of steps."""
+    power = triton.next_power_of_2(count)
+    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

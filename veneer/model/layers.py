@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.model.packed import Wiring, wiring_of
-from veneer.model.recompute import Shelf, recomputed, unread_leaf
+from veneer.model.recompute import Shelf, recomputed
 from veneer.model.tiled import own_forward, tile, tiled_mlp, untile
-
-Kind = tuple[tuple[str, type], ...]  # the modules of a layer
+from veneer.model.unread import Trials
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -39,9 +38,9 @@ def arrange(
     layers = decoder_layers(model)
     count = len(layers) if recompute < 0 else recompute
     shelf = Shelf(next(model.parameters()).device) if offload else None
-    unread: dict[Kind, str | None] = {}
+    trials = Trials(wiring)
     for number, layer in enumerate(layers):
-        layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf, unread)
+        layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf, trials)
         if number < count and (mlp := tiled_mlp(layer)) is not None:
             tile(mlp, wiring, mlp_function)
 
@@ -64,11 +63,10 @@ class Run:
         compiled: Callable[..., Any] | None,
         number: int | None,  # among the layers that are recomputed; None: not one of them
         shelf: Shelf | None,
-        unread: dict[Kind, str | None],  # of every kind of layer that has run: see `unread_leaf`
+        trials: Trials,
     ) -> None:
         self.layer, self.wiring, self.compiled = layer, wiring, compiled
-        self.number, self.shelf = number, shelf
-        self.unread, self.kind = unread, tuple((name, type(module)) for name, module in layer.named_modules())
+        self.number, self.shelf, self.trials = number, shelf, trials
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         wiring = self.wiring
@@ -84,13 +82,12 @@ class Run:
         def run(x: Tensor) -> Tensor:
             return forward(self.layer, x, *args, **kwargs)
 
+        unread = self.trials.unread(self.layer, hidden, run)
+
         def again(x: Tensor) -> Tensor:
-            with wiring.leaving_out(None if name is None else self.layer.get_submodule(name)):
+            with wiring.leaving_out(unread):
                 return run(x)
 
-        if self.kind not in self.unread:
-            self.unread[self.kind] = unread_leaf(self.layer, wiring, hidden, run)
-        name = self.unread[self.kind]
         return recomputed(hidden, run, again, self.shelf, self.number)
 
 

@@ -18,7 +18,9 @@ from veneer.model.packed import hidden_states, running
 from veneer.model.stream import EVEN, Stream, pack
 
 CHUNK = 512  # rows of logits alive at once, at least
-CHUNKS = 8  # at most, on a GPU: larger products are faster, and a stream's activations grow with it too
+# On a GPU larger products are faster: rather no more than 8 chunks, but none above 2,048 rows (half a GiB of logits
+# with 128,000 tokens), because activations of long streams may lie elsewhere.
+CHUNKS, MOST = 8, 2048
 STREAM = 4096  # tokens that are evaluated in one forward pass
 
 # name -> "module:function"; (model, stream, targets) -> sum_N, count_N
@@ -62,6 +64,11 @@ def cross_entropy(model: nn.Module, stream: Stream, targets: Targets) -> tuple[T
     return sums_N, zeros.index_add(0, targets.sequences_M, torch.ones_like(nll_M))
 
 
+def chunk_of(rows: int, on_gpu: bool) -> int:
+    """How many rows of logits are made at a time."""
+    return min(max(CHUNK, -(-rows // CHUNKS)), MOST) if on_gpu else CHUNK
+
+
 def head_nll(hidden_MD: Tensor, head: nn.Linear, tokens_M: Tensor) -> Tensor:
     """-log softmax(hidden · head')[token], (M) in float32, through a frozen head."""
     return _HeadNLL.apply(hidden_MD, head.weight, head.bias, tokens_M)
@@ -75,7 +82,7 @@ class _HeadNLL(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         nll_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
         grad_MD = torch.empty_like(hidden_MD) if wanted else None
-        chunk = max(CHUNK, len(hidden_MD) // CHUNKS) if hidden_MD.is_cuda else CHUNK
+        chunk = chunk_of(len(hidden_MD), hidden_MD.is_cuda)
         for start in range(0, len(hidden_MD), chunk):
             rows = slice(start, start + chunk)
             logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, bias_V)

@@ -9,6 +9,7 @@ keeps the model's own attention and speaks with the wiring's `voice`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from veneer.bases.base import Base
-from veneer.bases.unread import Unread
 from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION, varlen_of
 from veneer.model.siblings import Waiting
 from veneer.model.stream import Span, Stream
+from veneer.model.unread import Unread
 
 if TYPE_CHECKING:
     from veneer.model.leaf import Leaf
@@ -36,16 +37,17 @@ class Wiring:
         self.whole: str | None = None  # the one slot that speaks over all rows of the stream; None: none, or several
         self.thin: tuple | None = None  # x and its thin products, while siblings are traced: see veneer.model.traced
         self.latest: Leaf | None = None  # whose product was the last one; None: a family's, computed together
-        self.unread: Leaf | None = None  # whose product nobody will read: see veneer.model.recompute
+        self.unread: Leaf | None = None  # whose product nobody will read: see veneer.model.unread
+        self.unread_value = math.nan
         self.window: slice | None = None  # of the stream's rows: those that leaves are fed now; None: all
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
 
-    def bases(self, leaves: Sequence[Leaf]) -> list[Base | Unread]:
-        """What is to be multiplied of leaves that are computed together."""
+    def operands(self, leaves: Sequence[Leaf]) -> list[Base | Unread]:
+        """What to multiply of leaves that are computed together, now; remembers the last of them."""
         self.latest = leaves[0] if len(leaves) == 1 else None
-        return [Unread(leaf.base) if leaf is self.unread else leaf.base for leaf in leaves]
+        return [Unread(leaf.base, self.unread_value) if leaf is self.unread else leaf.base for leaf in leaves]
 
     @contextmanager
     def seeing(self, rows: slice) -> Iterator[None]:
@@ -69,9 +71,9 @@ class Wiring:
         return [Span(max(s.start, start) - start, min(s.stop, stop) - start, s.slot, s.weight) for s in inside]
 
     @contextmanager
-    def leaving_out(self, leaf: Leaf | None) -> Iterator[None]:
-        """While inside, the product of this leaf is NaN and costs nothing."""
-        self.unread = leaf
+    def leaving_out(self, leaf: Leaf | None, value: float = math.nan) -> Iterator[None]:
+        """While inside, the product of this leaf's base is not computed: it has this value everywhere."""
+        self.unread, self.unread_value = leaf, value
         try:
             yield
         finally:

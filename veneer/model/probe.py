@@ -44,10 +44,11 @@ def probe(model: nn.Module) -> None:
         ) from error
     alone = [_alone(model, sequence, device) for sequence in sequences]
     wiring_of(model).probed = True
-    half = model.dtype in HALF
-    faults = _faults(packed, nll, alone, sequences, TOLERANCE[model.dtype], half)
-    if faults and half:
-        faults = _faults(packed, nll, alone, sequences, _rounding(model, sequences, alone, device), half)
+    faults = _faults(packed, alone, model.dtype, TOLERANCE[model.dtype])
+    if faults and model.dtype in HALF:
+        faults = _faults(packed, alone, model.dtype, _rounding(model, sequences, alone, device))
+        faults += _head_faults(model, sequences[0], alone[0], device)
+    faults += _loss_faults(nll, packed[0], sequences[0], TOLERANCE[model.dtype])
     if faults:
         _check_finite(model)
         wiring_of(model).fault = "; ".join(faults)
@@ -101,30 +102,39 @@ def _rounding(model: nn.Module, sequences: list[list[int]], alone: list[Tensor],
         return TOLERANCE[model.dtype]
     with attending_by(model, "sdpa" if model.config._attn_implementation == "eager" else "eager"):
         others = [_alone(model, sequence, device) for sequence in sequences]
-    errors = [_error(other, logits, half=True) for other, logits in zip(others, alone, strict=True)]
+    errors = [_error(other, logits, model.dtype) for other, logits in zip(others, alone, strict=True)]
     return max(TOLERANCE[model.dtype], min(3 * max(errors), MOST))
 
 
-def _faults(
-    packed: list[Tensor], nll: Tensor, alone: list[Tensor], sequences: list[list[int]], tolerance: float, half: bool
-) -> list[str]:
+def _faults(packed: list[Tensor], alone: list[Tensor], dtype: torch.dtype, tolerance: float) -> list[str]:
     faults = []
     for name, got_TV, wanted_TV in zip(("first", "second", "third"), packed, alone, strict=True):
         parts = [slice(SHARED), slice(SHARED, None)] if len(got_TV) > SHARED else [slice(None)]
-        error = max(_error(got_TV[part], wanted_TV[part], half) for part in parts)
+        error = max(_error(got_TV[part], wanted_TV[part], dtype) for part in parts)
         if not error < tolerance:
             faults.append(
                 f"the {name} of three packed sequences is {error:.1%} off what the model computes for it alone "
                 "(its attention, its positions, or a scaled or capped head)"
             )
-    targets = torch.tensor(sequences[0][1:], device=nll.device)
-    wanted_nll = nn.functional.cross_entropy(packed[0][:-1], targets, reduction="none")
-    if not torch.allclose(nll, wanted_nll, rtol=tolerance, atol=tolerance):
-        faults.append("the loss in chunks differs from that of the head's own logits")
     return faults
 
 
-def _error(got_TV: Tensor, wanted_TV: Tensor, half: bool) -> float:
+@torch.no_grad()
+def _head_faults(model: nn.Module, sequence: list[int], wanted_TV: Tensor, device: torch.device) -> list[str]:
+    """Depth amplifies what layers round, never what comes after them: the head is held to the ordinary tolerance."""
+    out = model.base_model(input_ids=torch.tensor([sequence], device=device), use_cache=False)
+    error = _error(model.get_output_embeddings()(out[0][0]).float(), wanted_TV, model.dtype)
+    return [] if error < TOLERANCE[model.dtype] else [f"its logits are {error:.1%} off those of its vocabulary head"]
+
+
+def _loss_faults(nll: Tensor, logits_TV: Tensor, sequence: list[int], tolerance: float) -> list[str]:
+    targets = torch.tensor(sequence[1:], device=nll.device)
+    wanted_nll = nn.functional.cross_entropy(logits_TV[:-1], targets, reduction="none")
+    same = torch.allclose(nll, wanted_nll, rtol=tolerance, atol=tolerance)
+    return [] if same else ["the loss in chunks differs from that of the head's own logits"]
+
+
+def _error(got_TV: Tensor, wanted_TV: Tensor, dtype: torch.dtype) -> float:
     """Largest error of a token relative to its largest logit: of the worst token, in half precision of the median one.
 
     In bfloat16 single tokens (the first, of huge activations) may differ by a third between two right attentions;
@@ -132,4 +142,4 @@ def _error(got_TV: Tensor, wanted_TV: Tensor, half: bool) -> float:
     """
     scale = wanted_TV.abs().amax(-1).clamp(min=1e-2 * wanted_TV.abs().max().item() + 1e-12)
     errors_T = (got_TV - wanted_TV).abs().amax(-1) / scale
-    return (errors_T.median() if half else errors_T.max()).item()
+    return (errors_T.median() if dtype in HALF else errors_T.max()).item()

@@ -6,63 +6,24 @@ Source: Chen et al. 2016, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from veneer.model.packed import Wiring
+from torch import Tensor
 
 Layer = Callable[[Tensor], Tensor]
 LEAVING = 2  # inputs on their way to the host at a time: the computation waits for the one before
 
 
 def recomputed(hidden: Tensor, run: Layer, again: Layer, shelf: Shelf | None, number: int) -> Tensor:
-    """run(hidden), differentiable in hidden and in what `run` trains; in backward `again` runs, which keeps more.
+    """run(hidden), differentiable in hidden and in what `run` trains; in backward `again` runs in its place.
 
     shelf: where layer `number` keeps its input; None: on the device.
     Nothing in a layer is random while a stream runs (dropout masks are functions of step and row), so the second run
     computes what the first did. Gradients of adapters are added where they live, by the inner backward.
     """
     return _Recompute.apply(hidden, run, again, shelf, number)
-
-
-def unread_leaf(layer: nn.Module, wiring: Wiring, hidden: Tensor, run: Layer) -> str | None:
-    """The name in `layer` of the leaf whose product comes last and is read by no gradient; None where there is none.
-
-    Most layers end with x + product, and no gradient asks for that product's value: the second run can leave it out,
-    a quarter of a Llama layer. Tried with NaN in its place: what reads it becomes NaN.
-    """
-    inside = {module: name for name, module in layer.named_modules()}
-    wiring.latest = None
-    with torch.enable_grad():
-        x = hidden.detach().requires_grad_()
-        run(x)
-        last = wiring.latest
-        if last is None or last not in inside:
-            return None
-        with wiring.leaving_out(last):
-            out = run(x)
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    with _own_gradients(trained):
-        torch.autograd.backward(out, torch.ones_like(out))
-        found = [tensor.grad for tensor in (x, *trained) if tensor.grad is not None]
-        return inside[last] if all(bool(grad.isfinite().all()) for grad in found) else None
-
-
-@contextmanager
-def _own_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """While inside, the parameters' gradients begin at zero; after, they are what they were, in the same memory."""
-    held = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, grad in zip(parameters, held, strict=True):
-            parameter.grad = grad
 
 
 class _Recompute(torch.autograd.Function):

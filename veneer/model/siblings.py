@@ -61,5 +61,5 @@ def compute(caller: Leaf, x: Tensor, leaves: list[Leaf]) -> dict[str, Tensor]:
             pieces.append(Piece(span.start, span.stop, len(factors), lora.scale * span.weight, len(together)))
             factors.append((lora.a_RI, lora.b_OR))
         together += [leaf] if own else []
-    ys = lora_linears(x_TI, caller.wiring.bases(together), pieces, factors)
+    ys = lora_linears(x_TI, caller.wiring.operands(together), pieces, factors)
     return {leaf.path: y_TO for leaf, y_TO in zip(together, ys, strict=True)}

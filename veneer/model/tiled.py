@@ -3,7 +3,7 @@
 Legend: T tokens, D hidden size.
 
 Every token passes the MLP on its own, so pieces give the same. In the second run of the layer nothing is computed here
-at all where no gradient reads what the MLP gives (`veneer.model.recompute`): backward runs each piece forward and back,
+at all where no gradient reads what the MLP gives (`veneer.model.unread`): backward runs each piece forward and back,
 and lets go of it before the next. The same work as without pieces. Source: Bekman et al. 2025, arXiv 2506.13996.
 """
 

@@ -125,9 +125,9 @@ def _pieces(x_TI: Tensor, scales: list[float]) -> list[Piece]:
     schema="(Tensor x, Tensor number, str slot, Tensor[] factors, float[] scales) -> Tensor[]",
 )
 def lora_family(x: Tensor, number: Tensor, slot: str, factors: list[Tensor], scales: list[float]) -> list[Tensor]:
-    """Outputs (T, O) of the leaves of a family, and then z = x A' (T, R) of all."""
+    """Outputs (T, O) of the leaves of a family, and then z = s x A' (T, R) of all."""
     leaf = _NUMBERED[int(number)]
-    bases = leaf.wiring.bases(_family(leaf, slot))
+    bases = leaf.wiring.operands(_family(leaf, slot))
     ys, zs = products(x, bases, _pieces(x, scales), factors)
     return [*ys, *zs]
 

@@ -68,14 +68,14 @@ def _sums(jobs: Sequence[Job], parts: Sequence[tuple[Batch, Tensor]]) -> Tensor:
     device = parts[0][1].device
     sums = torch.zeros(len(jobs), 2, dtype=torch.float64, device=device)
     for batch, losses_N in parts:
-        rows_N = _sent([places[job.slot] for job, _ in batch], torch.int64, device)
+        rows_N = _to_device([places[job.slot] for job, _ in batch], torch.int64, device)
         lengths = [len(example.input_ids) if example is not NOTHING else 0 for _, example in batch]
         sums[:, 0].index_add_(0, rows_N, losses_N.double())
-        sums[:, 1].index_add_(0, rows_N, _sent(lengths, torch.float64, device))
+        sums[:, 1].index_add_(0, rows_N, _to_device(lengths, torch.float64, device))
     return sums
 
 
-def _sent(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values on the device, for which nothing there is waited for."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -6,13 +6,13 @@ fit: one that keeps one layer's, and one that keeps three.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from veneer.config import TrainSettings
+from veneer.kernels.triton_here import has_triton
 from veneer.model.layers import arrange, decoder_layers
 from veneer.model.probe import HALF
 from veneer.train.feed import Feed
@@ -67,7 +67,7 @@ def _compiled(settings: TrainSettings, on_gpu: bool) -> tuple[bool, list[str]]:
         return settings.torch_compile, []
     if not on_gpu or settings.fsdp:
         return False, []
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return False, ["triton is not installed: layers are not compiled, which is slower"]
     return True, []
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.config import TrainSettings
 from veneer.data.batches import Batches
 from veneer.data.chat import Example
-from veneer.errors import CheckpointError, TrainingError
+from veneer.errors import CheckpointError, NonFiniteLossError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
-from veneer.model.siblings import family
-from veneer.train.optim import FlatParameters, optimizer_state, restore_optimizer, start_optimizer, step_where
+from veneer.train.optim import (
+    FlatParameters,
+    by_family,
+    optimizer_state,
+    restore_optimizer,
+    start_optimizer,
+    step_where,
+)
 from veneer.train.schedule import factor
 
 # What a checkpoint keeps of a job beside its tensors.
@@ -36,16 +41,6 @@ def _batches(settings: TrainSettings, rows: int) -> Batches:
     """A batch here is what one optimiser step sees: how it is cut into forward passes changes no step."""
     size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     return Batches(rows, size, settings.seed)
-
-
-def _by_family(methods: Mapping[str, Method]) -> list[nn.Parameter]:
-    """All parameters; of layers that are fed the same x first those that come first (every A), then the others: where
-    they lie one behind the other, one product or one cast can read all (`veneer.kernels.lora`)."""
-    families: dict[str, list[list[nn.Parameter]]] = {}
-    for path, method in methods.items():
-        families.setdefault(family(path), []).append(list(method.parameters()))
-    columns = (zip_longest(*members) for members in families.values())
-    return [p for places in columns for place in places for p in place if p is not None]
 
 
 @dataclass
@@ -73,9 +68,11 @@ class Job:
     def __post_init__(self) -> None:
         self.total = total_steps(self.settings, len(self.train))
         self.batches = _batches(self.settings, len(self.train))
-        self.flat = FlatParameters(_by_family(self.methods))
+        self.flat = FlatParameters(by_family(self.methods))
         self.optimizer = start_optimizer(self.flat, self.settings)
-        self.sound = torch.tensor(True, device=self.flat.values_P.device)  # all losses and gradients so far were finite
+        self.finite = torch.tensor(
+            True, device=self.flat.values_P.device
+        )  # all losses and gradients so far were finite
         epoch = self.batches.steps_per_epoch
         self.eval_steps = self.settings.eval_steps or epoch
         self.save_steps = self.settings.save_steps or max(1, min(epoch, self.total // 8))
@@ -114,16 +111,29 @@ class Job:
         """Clips, steps and clears; returns the rate and the gradient's norm, a scalar tensor. Nothing is waited for.
 
         loss: a scalar tensor on the adapter's device. Where it or the gradient is not finite the adapter stays as it
-        is, then and in every later step; `step` counts on, and who reads the loss sets it back.
+        is, then and in every later step; `step` counts on until `fail` sets it back.
         """
         rate = self.learning_rate * factor(self.settings, self.step, self.total)
         self.optimizer.param_groups[0]["lr"] = rate
         norm = self.flat.clip(self.settings.max_grad_norm)
-        self.sound = self.sound & torch.isfinite(norm) & torch.isfinite(loss)
-        step_where(self.optimizer, self.sound)
+        self.finite = self.finite & torch.isfinite(norm) & torch.isfinite(loss)
+        step_where(self.optimizer, self.finite)
         self.step += 1
         self.flat.grads_P.zero_()
         return rate, norm
+
+    def fail(self, step: int, loss: float, norm: float, rate: float) -> None:
+        """Stops at step `step` (from 1), whose loss or gradient was not finite: `update` has left the adapter as it was
+        then and since."""
+        self.step = step - 1
+        micros = range(self.settings.gradient_accumulation_steps)
+        rows = sorted({example.row + 1 for micro in micros for example in self.rows(micro)})[:8]
+        self.failure = NonFiniteLossError(
+            f"{self.slot}: step {step} of {self.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
+            f"rate {rate:.3g} (last finite loss {self.last_loss:.4g}; rows {rows} of the data). The adapter was not "
+            f"updated. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint "
+            "stands."
+        )
 
     def note_validation(self, loss: float) -> None:
         """Keeps the best values, and stops when patience is at its end."""

@@ -23,7 +23,7 @@ from veneer.train.job import Job
 from veneer.train.memory import memory_explained
 from veneer.train.passes import Passes
 from veneer.train.ranks import ALONE, Ranks
-from veneer.train.step import Record, Told, begun
+from veneer.train.step import Record, StepReader, begin_step
 
 Save = Callable[[Sequence[Job]], object]
 
@@ -41,16 +41,21 @@ def loop(
     """Trains all jobs to their end. `record` gets the facts of every step and validation, `save` asks for a checkpoint.
 
     graphs: passes whose shape comes back run as CUDA graphs (`veneer.train.passes`); on a GPU.
-    ahead: a step is begun before the facts of the one before it are read, so that the device never waits for Python;
+    ahead: a step is begun before the facts of the one before it are read, so that the device need not wait for Python;
     None: on a GPU. The adapters are the same, to the byte.
     Raises NonFiniteLossError with every job that failed, after the others have finished; NotEnoughMemoryError at once.
     """
     ahead = _device(jobs).type == "cuda" if ahead is None else ahead
     with memory_explained(model, jobs, ranks):
         _run(Feed(Passes(model, graphs), ranks), jobs, record, save, ahead)
+    _raise_failures(jobs)
+
+
+def _raise_failures(jobs: Sequence[Job], cause: BaseException | None = None) -> None:
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
-        raise NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
+        error = NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
+        raise error from cause
 
 
 def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: bool) -> None:
@@ -58,19 +63,25 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
     for job in jobs:
         if job.step == 0:
             _validate(model, job, record, ranks)
-    told = Told(record)
+    reader = StepReader(record)
     while active := [job for job in jobs if not job.done]:
-        told.later(begun(feed, active))
+        try:
+            step = begin_step(feed, active)
+        except BaseException as error:
+            reader.salvage()  # what has been computed is told, and where it failed, that is the cause
+            _raise_failures(jobs, error)
+            raise
+        reader.push(step)
         pausing = any(job.done or job.step % job.eval_steps == 0 or job.step % job.save_steps == 0 for job in active)
         if ahead and not pausing:
             continue
-        told.now()
+        reader.flush()
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
                 _validate(model, job, record, ranks)
         if any(job.step % job.save_steps == 0 for job in active if not job.failure):
             save(jobs)
-        told.since = time.perf_counter()
+        reader.last_read = time.perf_counter()
     for job in jobs:
         job.finish()
 

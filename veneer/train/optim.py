@@ -8,7 +8,7 @@ Legend: P parameters of the adapter.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 
 from veneer.config import TrainSettings
 from veneer.errors import ConfigError
+from veneer.methods.base import Method
+from veneer.model.siblings import family
 
 
 class FlatParameters:
@@ -45,6 +47,20 @@ class FlatParameters:
         if max_norm > 0:
             self.grads_P.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+def by_family(methods: Mapping[str, Method]) -> list[nn.Parameter]:
+    """The parameters of methods (by path): of layers that are fed the same x first those that come first, every A, then
+    those that come second, every B. As neighbours in memory they are cast, and multiplied, as one
+    (`veneer.kernels.lora`)."""
+    families: dict[str, list[list[nn.Parameter]]] = {}
+    for path, method in methods.items():
+        families.setdefault(family(path), []).append(list(method.parameters()))
+    ordered: list[nn.Parameter] = []
+    for members in families.values():
+        for place in range(max(map(len, members))):
+            ordered += [member[place] for member in members if place < len(member)]
+    return ordered
 
 
 def adamw(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
@@ -103,13 +119,13 @@ def start_optimizer(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     return OPTIMIZERS[settings.optim](flat, settings)
 
 
-def step_where(optimizer: Optimizer, sound: Tensor) -> None:
-    """One step where `sound`, a scalar bool tensor, is true. AdamW of torch looks at it on the device; for others it
+def step_where(optimizer: Optimizer, finite: Tensor) -> None:
+    """One step where `finite`, a scalar bool tensor, is true. AdamW of torch looks at it on the device; for others it
     is waited for."""
     if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = (~sound).float()  # as torch.amp.GradScaler tells it
+        optimizer.found_inf = (~finite).float()  # as torch.amp.GradScaler tells it
         optimizer.step()
-    elif bool(sound):
+    elif bool(finite):
         optimizer.step()
 
 

@@ -1,7 +1,7 @@
 """One optimiser step of every job: begun on the device, and read once it has been taken.
 
-Between the two nothing is waited for. The device itself leaves an adapter as it is where a loss or a gradient is not
-finite, and in every step begun after that one.
+Between the two nothing is waited for (but by optimisers that cannot ask the device, see `step_where`). The device
+itself leaves an adapter as it is where a loss or a gradient is not finite, and in every step begun after that one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.errors import NonFiniteLossError
 from veneer.train.feed import Feed
 from veneer.train.job import Job
 
+PATIENCE = 10.0  # seconds that a step may still take after an error in the next
 Record = Callable[[Job, dict], None]
 
 
-class Begun(NamedTuple):
+class PendingStep(NamedTuple):
     """A step on its way."""
 
     asked: list[tuple[Job, dict[str, Any]]]  # what is known of each job's step beforehand
@@ -29,7 +29,7 @@ class Begun(NamedTuple):
     arrived: torch.cuda.Event | None  # when they are there; None: they are
 
 
-def begun(feed: Feed, jobs: Sequence[Job]) -> Begun:
+def begin_step(feed: Feed, jobs: Sequence[Job]) -> PendingStep:
     """Begins one optimiser step of every job. Jobs with fewer micro-batches than others wait for them."""
     losses = feed.ranks.sum_(feed.computed(jobs))  # over the rows of all processes, for each job
     asked, norms = [], []
@@ -41,31 +41,44 @@ def begun(feed: Feed, jobs: Sequence[Job]) -> Begun:
         norms.append(norm)
     answers = torch.cat([losses, torch.stack(norms).double().unsqueeze(1)], 1)
     there = answers.to("cpu", non_blocking=True)
-    return Begun(asked, there, torch.cuda.current_stream().record_event() if answers.is_cuda else None)
+    return PendingStep(asked, there, torch.cuda.current_stream().record_event() if answers.is_cuda else None)
 
 
-class Told:
+class StepReader:
     """Reads the facts of each step and hands them to `record`; one step may be waiting."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.waiting: Begun | None = None
-        self.since = time.perf_counter()  # when the step before was read, or what came after it had ended
+        self.waiting: PendingStep | None = None
+        self.last_read = time.perf_counter()  # or when the validation or checkpoint after it had ended
 
-    def later(self, step: Begun) -> None:
+    def push(self, step: PendingStep) -> None:
         """Reads the step that waits; this one waits now."""
-        self.now()
+        self.flush()
         self.waiting = step
 
-    def now(self) -> None:
+    def flush(self) -> None:
         """Reads the step that waits, if one does."""
         step, self.waiting = self.waiting, None
-        if step is None:
-            return
-        if step.arrived is not None:
-            step.arrived.synchronize()
+        if step is not None:
+            if step.arrived is not None:
+                step.arrived.synchronize()
+            self._read(step)
+
+    def salvage(self) -> None:
+        """Reads the step that waits, after an error in the one begun after it; not where the device does not answer."""
+        step, self.waiting = self.waiting, None
+        end = time.monotonic() + PATIENCE
+        while step is not None and step.arrived is not None and not step.arrived.query():
+            if time.monotonic() > end:
+                return
+            time.sleep(0.01)
+        if step is not None:
+            self._read(step)
+
+    def _read(self, step: PendingStep) -> None:
         ended = time.perf_counter()
-        seconds, self.since = ended - self.since, ended
+        seconds, self.last_read = ended - self.last_read, ended
         for (job, asked), (loss, tokens, norm) in zip(step.asked, step.answers.tolist(), strict=True):
             self._tell(job, asked, loss, int(tokens), norm, seconds)
 
@@ -73,20 +86,8 @@ class Told:
         if job.failure:  # in the step before: this one has changed nothing
             return
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            job.step = asked["step"] - 1
-            job.failure = _failure(job, loss, norm, asked["learning_rate"])
+            job.fail(asked["step"], loss, norm, asked["learning_rate"])
             return
         job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + tokens
         facts = {"loss": loss, "learning_rate": asked["learning_rate"], "grad_norm": norm, "tokens": tokens}
         self.record(job, {**asked, **facts, "seconds": seconds})
-
-
-def _failure(job: Job, loss: float, norm: float, rate: float) -> NonFiniteLossError:
-    micros = range(job.settings.gradient_accumulation_steps)
-    rows = sorted({example.row + 1 for micro in micros for example in job.rows(micro)})[:8]
-    return NonFiniteLossError(
-        f"{job.slot}: step {job.step + 1} of {job.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
-        f"rate {rate:.3g} (last finite loss {job.last_loss:.4g}; rows {rows} of the data). The adapter was not "
-        f"updated. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint "
-        "stands."
-    )
