@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,14 @@ def main() -> None:
     options = _options()
     held = load(options.output)
     save = saver(held, options.output)
+    if options.gather:
+        gather(held, [load(path) for path in options.gather])
+        return save()
     clock = Clock(options.seconds)
     gpu = record.gpu()
     if gpu is None:
         print("skipped: no CUDA device")
-        return
+        return None
     if not options.keep_ceiling or held.get("ceiling", {}).get("gpu") != gpu:
         held["ceiling"] = stamp() | gpu_process.read(["-m", "benchmarks.gpu_ceiling"])
         save()
@@ -77,6 +80,17 @@ def measure(
         save()
 
     gpu_sweep.rounds(picked, options.rounds, options.steps, run, clock, keep)
+
+
+def gather(held: File, others: Sequence[File]) -> None:
+    """Puts what other files hold into this one: rows measured at once, each on a GPU of its own."""
+    for other in others:
+        for name, row in other.get("rows", {}).items():
+            here = held.setdefault("rows", {}).setdefault(name, {"systems": {}, "ratios": {}})
+            here["systems"] |= row["systems"]
+            for ours, peers in row["ratios"].items():
+                here["ratios"].setdefault(ours, {}).update(peers)
+        held |= {name: other[name] for name in ("ceiling", "longest") if name in other}
 
 
 def _scanned(trials: list[Result], row: Row, system: str) -> dict[str, Any]:
@@ -165,6 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--keep-ceiling", action="store_true", help="no new ceiling where the file holds this GPU's")
     parser.add_argument("--caps", type=_caps, default=list(LONGEST_CAPS_GIB), help="limits in GiB for `longest`")
     parser.add_argument("--output", type=Path, default=record.RESULTS / f"{NAME}.json", help="file to merge into")
+    parser.add_argument("--gather", type=Path, nargs="+", metavar="FILE", help="measure nothing; merge these files")
     options = parser.parse_args()
     if options.steps <= WARM_UP or options.rounds < 0:
         parser.error(f"wanted --steps above {WARM_UP} and --rounds of at least 0")

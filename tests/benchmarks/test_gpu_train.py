@@ -65,6 +65,19 @@ def test_calls_fill_one_file_and_each_part_tells_its_commit(tmp_path: Path, monk
     assert "unsloth" in table("8b-bf16", saved["rows"]["8b-bf16"])
 
 
+def test_files_of_several_gpus_become_one() -> None:
+    one: dict[str, Any] = {}
+    other: dict[str, Any] = {"longest": {"limits": {}}}
+    measured(one, "8b-bf16", {"ours": 100, "unsloth": 90})
+    measured(other, "8b-bf16", {"ours": 100, "peft": 50})
+    measured(other, "65b", {"ours-nf4": 10})
+    held: dict[str, Any] = {}
+    gpu_train.gather(held, [one, other])
+    assert set(held["rows"]["8b-bf16"]["systems"]) == {"ours", "unsloth", "peft"}
+    assert set(held["rows"]["8b-bf16"]["ratios"]["ours"]) == {"unsloth", "peft"}
+    assert "65b" in held["rows"] and "longest" in held
+
+
 def test_what_was_measured_is_not_replaced_by_what_was_only_tried() -> None:
     held: dict[str, Any] = {}
     measured(held, "8b-bf16", {"ours": 100})
