@@ -38,12 +38,13 @@ def main() -> None:
     save = saver(held, options.output)
     if options.gather:
         gather(held, [load(path) for path in options.gather])
-        return save()
+        save()
+        return
     clock = Clock(options.seconds)
     gpu = record.gpu()
     if gpu is None:
         print("skipped: no CUDA device")
-        return None
+        return
     if not options.keep_ceiling or held.get("ceiling", {}).get("gpu") != gpu:
         held["ceiling"] = stamp() | gpu_process.read(["-m", "benchmarks.gpu_ceiling"])
         save()
