@@ -100,21 +100,21 @@ def options(pico_folder: Path, digits: Path, tmp_path_factory: pytest.TempPathFa
     return make
 
 
-def _start(script: list[str], rank: int, port: int) -> subprocess.Popen:
+def _start(script: list[str], rank: int, port: int, gpus: bool) -> subprocess.Popen:
     settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    settings |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
+    settings |= {"OMP_NUM_THREADS": 1} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     return subprocess.Popen(
         [sys.executable, *script], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def _pair(*scripts: list[str], seconds: float = 240) -> list[tuple[int, str, str]]:
+def _pair(*scripts: list[str], seconds: float = 240, gpus: bool = False) -> list[tuple[int, str, str]]:
     """Exit code, output and errors of two processes that run together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [_start(script, rank, port) for rank, script in enumerate(scripts)]
+    processes = [_start(script, rank, port, gpus) for rank, script in enumerate(scripts)]
     try:
         said = [process.communicate(timeout=seconds) for process in processes]
     finally:
@@ -160,6 +160,20 @@ def test_two_processes_take_the_steps_of_one(case: str, options: Options, togeth
     assert (told["tokens"], told["steps"], told["best_step"]) == (alone.tokens, alone.steps, alone.best_step)
     ours, theirs = (Adapter.load(each["output_dir"]).card.training["update_norms"] for each in (two, one))
     assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("case", ["whole", "sharded", "sharded, recomputed", "sharded nf4-dq"])
+def test_two_gpus_take_the_steps_of_one(case: str, dtype: str, close: float, options: Options) -> None:
+    """Through NCCL. Products of other sizes are rounded otherwise, and training feeds that back."""
+    two, one = ({**options(case, f"{who}-gpus-{dtype}"), "dtype": dtype} for who in ("two", "one"))
+    [main, other] = _pair(*[["-c", TRAIN, json.dumps([(two, None)])]] * 2, gpus=True)
+    assert (main[0], other[0]) == (0, 0), main[2] + other[2]
+    run.train(RunConfig.from_flat({**one, "fsdp": False}), progress=False)
+    ours, theirs = _losses(two["output_dir"]), _losses(one["output_dir"])
+    assert [loss for _, _, loss, _ in ours] == pytest.approx([loss for _, _, loss, _ in theirs], rel=close)
 
 
 def test_two_processes_resume_to_the_same_bytes(options: Options, together: Any) -> None:
