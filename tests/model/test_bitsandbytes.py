@@ -97,6 +97,20 @@ def test_another_storage_than_that_of_the_files(llama: Path, tmp_path: Path) -> 
     refused(tmp_path / "packed", "stored as nf4", "int8 was asked", "original model", storage="int8")
 
 
+def test_double_quantisation_is_what_the_files_have(llama: Path, tmp_path: Path) -> None:
+    ours(llama, tmp_path / "nf4", double=False)
+    with pytest.warns(UserWarning, match="nf4 is stored as nf4 and loads as that, not as nf4-dq"):
+        loaded = load(str(tmp_path / "nf4"), "float32", storage="nf4-dq")
+    assert loaded.storage.startswith("nf4 ")
+
+
+def test_files_that_are_not_packed_as_their_config_says(llama: Path, tmp_path: Path) -> None:
+    ours(llama, tmp_path / "nf4", double=False)
+    shutil.copytree(llama, tmp_path / "dense")
+    shutil.copy(tmp_path / "nf4" / "config.json", tmp_path / "dense" / "config.json")
+    refused(tmp_path / "dense", "dense", "says that it is quantised", "hold no packed layer", "Next: ")
+
+
 def test_an_adapter_is_not_saved_with_the_base(llama: Path, tmp_path: Path) -> None:
     model = load(str(llama), "float32", storage="nf4").model
     attach(model, LoraSettings(r=2))

@@ -7,7 +7,8 @@ bitsandbytes itself is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +46,25 @@ def stored_as(name: str, quantization: Any) -> str | None:
 
 
 def agree(name: str, stored: str, asked: str) -> str:
-    """The storage of a checkpoint that is packed already; raises ModelError where another was asked for."""
+    """The storage of a checkpoint that is packed already; raises ModelError where another was asked for, and warns
+    where it differs in double quantisation alone."""
     if asked != "dense" and asked not in NF4.values():
         raise ModelError(
             f"{name} is stored as {stored} and loads as that; {asked} was asked for. "
             "Next: leave the storage option out, or name the original model as the base"
         )
+    if asked not in ("dense", stored):
+        warnings.warn(f"{name} is stored as {stored} and loads as that, not as {asked}", UserWarning, stacklevel=2)
     return stored
+
+
+def check_packed(name: str, weights: Iterable[str], names: Container[str]) -> None:
+    """Raises ModelError where a checkpoint that says it is packed holds no packed layer."""
+    if not any(is_packed(weight, names) for weight in weights):
+        raise ModelError(
+            f"the config.json of {name} says that it is quantised (bitsandbytes nf4), and its files hold no packed "
+            "layer. Next: download the checkpoint again, or remove quantization_config from its config.json"
+        )
 
 
 def is_packed(weight: str, names: Container[str]) -> bool:
@@ -81,7 +94,7 @@ def read(weight: str, shards: Shards, kind: type[Base], shape: tuple[int, int], 
     except (ModelError, RuntimeError) as error:  # both: a headline, then a line for each fault
         faults = [line.strip(" -") for line in str(error).splitlines()[1:]]
         headline = f"{weight} in {shards.file_of[weight]} is not the NF4 weight of a layer {shape}:"
-        raise ModelError(listed(headline, faults or [str(error)])) from error
+        raise ModelError(listed(headline, faults or [str(error)], "Next: download the checkpoint again.")) from error
     return base
 
 

@@ -99,6 +99,8 @@ def _fill(source: Source, model: nn.Module, shards: Shards, way: Way, progress: 
     names = {path: shards.name_of(f"{path}.weight", model.base_model_prefix) for path in places}
     check_complete(source, _misfits(places, names, shards))
     weights = {path: name for path, name in names.items() if name is not None}
+    if way.packed:
+        bnb.check_packed(source.name, weights.values(), shards.file_of)
     made, way = {}, _room(way, sum(rows * columns for rows, columns in (hollow.shape for hollow in places.values())))
     by_file = sorted(weights, key=lambda path: str(shards.file_of[weights[path]]))
     for path in shown(by_file, f"reading {source.name} as {way.storage}", progress):
