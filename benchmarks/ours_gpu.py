@@ -64,7 +64,8 @@ def built(spec: Spec, device: str) -> Any:
     prepare(model)
     attach(model, LoraSettings(r=spec.rank, lora_alpha=spec.alpha), SLOT, seed=0)
     recompute, offload = recomputed_layers(spec.recompute), spec.recompute == "offload"
-    arrange(model, compiled=spec.compile, recompute=recompute, offload=offload)
+    decoded = not offload and spec.cap_gib is None  # as `fit` decides where the memory is not scarce
+    arrange(model, compiled=spec.compile, recompute=recompute, offload=offload, decoded=decoded)
     return model
 
 

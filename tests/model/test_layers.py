@@ -93,14 +93,6 @@ def after_mlp(layer, change):
     layer.mlp.forward = lambda x: change(own(layer.mlp, x))
 
 
-def arrange_alone(model):
-    """Recomputes all layers, with what a test has put on their MLPs left in place."""
-    held = [layer.mlp.__dict__.get("forward") for layer in decoder_layers(model)]
-    arrange(model, recompute=-1)
-    for layer, forward in zip(decoder_layers(model), held, strict=True):
-        layer.mlp.forward = forward
-
-
 def test_the_last_product_of_a_layer_is_computed_once(model, monkeypatch):
     arrange(model, recompute=-1)
     losses(model)  # finds out
@@ -116,7 +108,7 @@ def test_a_last_product_that_a_gradient_reads_is_computed_again(model, monkeypat
         layer.mlp.scale = torch.nn.Parameter(torch.full((32,), 0.5))
         after_mlp(layer, lambda y, scale=layer.mlp.scale: y * scale)
     wanted = losses(model)
-    arrange_alone(model)
+    arrange(model, recompute=-1)
     found = losses(model)
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
     assert any("scale" in name for name in wanted[1])
@@ -152,7 +144,7 @@ def test_functions_that_decide_by_comparing_read_the_product(model, function, of
     for layer in decoder_layers(model):
         after_mlp(layer, lambda y: function(y + offset))
     wanted = losses(model)
-    arrange_alone(model)
+    arrange(model, recompute=-1)
     found = losses(model)
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
 
@@ -162,7 +154,7 @@ def test_layers_that_differ_in_what_is_trained_answer_for_themselves(model):
         layer.mlp.scale = torch.nn.Parameter(torch.full((32,), 0.5), requires_grad=number > 0)
         after_mlp(layer, lambda y, scale=layer.mlp.scale: y * scale)
     wanted = losses(model)
-    arrange_alone(model)
+    arrange(model, recompute=-1)
     found = losses(model)
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
 
@@ -199,6 +191,16 @@ def test_an_mlp_in_pieces_gives_the_same(model, small_tiles, lengths, compiled):
         same(losses(model, lengths), wanted)
     as_they_were(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_an_mlp_with_a_forward_of_someone_elses_keeps_it(model, small_tiles):
+    for layer in decoder_layers(model):
+        after_mlp(layer, lambda y: 0.5 * y)
+    wanted = losses(model)
+    arrange(model, recompute=-1)
+    same(losses(model), wanted)
+    as_they_were(model)
+    same(losses(model), wanted)
 
 
 def test_an_mlp_in_pieces_is_computed_as_often_as_without(model, small_tiles, monkeypatch):
@@ -247,6 +249,25 @@ def test_pieces_of_several_slots_and_of_one_over_a_part(model, small_tiles):
     assert found[1].keys() == wanted[1].keys()
     for name, gradient in wanted[1].items():
         assert (found[1][name] - gradient).abs().max() <= CLOSE * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("decoded, times", [(False, 3), (True, 2)])
+def test_a_weight_is_decoded_once_for_the_second_run_and_its_backward(model, monkeypatch, decoded, times):
+    for path in linear_paths(model):
+        leaf = leaf_at(model, path)
+        leaf.base = NF4.from_weight(leaf.base.weight.detach(), leaf.base.bias)
+    wanted, counts = losses(model), Counter()
+    own = NF4.decode
+    monkeypatch.setattr(NF4, "decode", lambda base, dtype=None: (counts.update([id(base)]), own(base, dtype))[1])
+    arrange(model, recompute=-1, decoded=decoded)
+    losses(model)
+    counts.clear()
+    found = losses(model)
+    assert torch.equal(found[0], wanted[0]) and all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])
+    mlp = decoder_layers(model)[1].mlp
+    assert counts[id(mlp.gate_proj.base)] == times
+    assert counts[id(mlp.down_proj.base)] == 2  # its second product is left out
+    assert not any(base.held is not None or base.holding for base in model.modules() if isinstance(base, NF4))
 
 
 class Held:

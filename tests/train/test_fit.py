@@ -56,13 +56,13 @@ def test_on_the_cpu(pico, job, examples, asked, recomputed):
     assert fitted == (False, [])
     runs = [vars(layer)["forward"] for layer in decoder_layers(pico)]
     assert all(isinstance(run, Run) and (run.number is not None) == recomputed for run in runs)
-    assert not any(run.compiled or run.shelf for run in runs)
+    assert not any(run.how.compiled or run.how.shelf for run in runs)
 
 
 def test_compiled_where_asked(pico, job, examples):
     made = job(pico, "default", examples(8), torch_compile=True)
     fit(pico, made, made.settings, ALONE)
-    assert all(vars(layer)["forward"].compiled for layer in decoder_layers(pico))
+    assert all(vars(layer)["forward"].how.compiled for layer in decoder_layers(pico))
 
 
 @pytest.fixture

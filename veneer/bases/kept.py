@@ -1,7 +1,8 @@
-"""Decoded weights that are kept for a while, where memory is plenty.
+"""Decoded weights that are kept for a while, where memory is plenty: all of a model, or those of one layer.
 
 Text is written token by token: thousands of small products with the same weights. Decoding 4-bit weights for each of
-them takes many times as long as the products; what is kept are the same numbers.
+them takes many times as long as the products; what is kept are the same numbers. A layer that is computed twice meets
+each of its weights twice in backward.
 """
 
 from __future__ import annotations
@@ -32,6 +33,24 @@ def decoded(model: nn.Module) -> Iterator[bool]:
     finally:
         for base in bases:
             base.held = None
+
+
+@contextmanager
+def decoded_once(module: nn.Module) -> Iterator[None]:
+    """While inside, each quantised layer of `module` is decoded at its first product and keeps that for the others."""
+    bases = [m for m in module.modules() if isinstance(m, Quantised) and m.held is None]
+    for base in bases:
+        base.holding = True
+    try:
+        yield
+    finally:
+        for base in bases:
+            base.held, base.holding = None, False
+
+
+def decoded_bytes(module: nn.Module) -> int:
+    """What the quantised layers of `module` take when they are decoded."""
+    return sum(m.out_features * m.in_features * m.dtype.itemsize for m in module.modules() if isinstance(m, Quantised))
 
 
 def free_memory(device: torch.device) -> int:

@@ -29,6 +29,7 @@ class Quantised(Base):
     unsaved: ClassVar[tuple[str, ...]] = ()  # parameters that no checkpoint holds
 
     held: Tensor | None = None  # the decoded weight, for a while: see veneer.bases.kept
+    holding = False  # whether the next decoded weight is to be held
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, bias: Tensor | None) -> None:
         super().__init__()
@@ -53,7 +54,12 @@ class Quantised(Base):
         return into.addmm_(g_TO, w_OI) if into.dtype == g_TO.dtype else into.add_(torch.mm(g_TO, w_OI))
 
     def _weight_in(self, dtype: torch.dtype) -> Tensor:
-        return self.held if self.held is not None and self.held.dtype == dtype else self.decode(dtype)
+        if self.held is not None and self.held.dtype == dtype:
+            return self.held
+        weight = self.decode(dtype)
+        if self.holding:
+            self.held = weight
+        return weight
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"

@@ -7,12 +7,15 @@ through torch.compile or not, keeping its activations or not. An ordinary `model
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from veneer.bases.kept import decoded_once
 from veneer.model.packed import Wiring, wiring_of
 from veneer.model.recompute import Shelf, recomputed
 from veneer.model.tiled import own_forward, tile, tiled_mlp, untile
@@ -25,12 +28,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def arrange(
-    model: nn.Module, compiled: bool = False, recompute: int = 0, offload: bool = False, backend: str = "inductor"
+    model: nn.Module,
+    compiled: bool = False,
+    recompute: int = 0,
+    offload: bool = False,
+    decoded: bool = False,
+    backend: str = "inductor",
 ) -> None:
     """Compiles the layers or not, and computes the first `recompute` of them twice (-1: all); replaces what was set.
 
     Recomputed layers keep only their input for backward, with `offload` on the host. The first ones, because theirs is
-    kept longest. backend: torch.compile's.
+    kept longest. decoded: they decode quantised weights once for the second run and its backward, which takes the
+    memory of one layer's. backend: torch.compile's.
     """
     as_they_were(model)
     wiring, function = wiring_of(model), torch.compile(_own_forward, backend=backend) if compiled else None
@@ -38,9 +47,9 @@ def arrange(
     layers = decoder_layers(model)
     count = len(layers) if recompute < 0 else recompute
     shelf = Shelf(next(model.parameters()).device) if offload else None
-    trials = Trials(wiring)
+    how = Arrangement(wiring, function, shelf, Trials(wiring), decoded)
     for number, layer in enumerate(layers):
-        layer.__dict__["forward"] = Run(layer, wiring, function, number if number < count else None, shelf, trials)
+        layer.__dict__["forward"] = Run(layer, how, number if number < count else None)
         if number < count and (mlp := tiled_mlp(layer)) is not None:
             tile(mlp, wiring, mlp_function)
 
@@ -53,24 +62,27 @@ def as_they_were(model: nn.Module) -> None:
             untile(mlp)
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """What all layers of a model have in common."""
+
+    wiring: Wiring
+    compiled: Callable[..., Any] | None  # a layer's forward
+    shelf: Shelf | None  # where inputs of recomputed layers are kept; None: on the device
+    trials: Trials
+    decoded: bool  # quantised weights once for the second run and its backward
+
+
 class Run:
     """What stands for one layer's `forward`."""
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        wiring: Wiring,
-        compiled: Callable[..., Any] | None,
-        number: int | None,  # among the layers that are recomputed; None: not one of them
-        shelf: Shelf | None,
-        trials: Trials,
-    ) -> None:
-        self.layer, self.wiring, self.compiled = layer, wiring, compiled
-        self.number, self.shelf, self.trials = number, shelf, trials
+    def __init__(self, layer: nn.Module, how: Arrangement, number: int | None) -> None:
+        """number: among the layers that are recomputed; None: not one of them."""
+        self.layer, self.how, self.number = layer, how, number
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        wiring = self.wiring
-        forward = self.compiled if self.compiled is not None and wiring.whole is not None else _own_forward
+        how, wiring = self.how, self.how.wiring
+        forward = how.compiled if how.compiled is not None and wiring.whole is not None else _own_forward
         if wiring.stream is None or not torch.is_grad_enabled():
             return forward(self.layer, hidden, *args, **kwargs)
         if not hidden.requires_grad:
@@ -82,13 +94,16 @@ class Run:
         def run(x: Tensor) -> Tensor:
             return forward(self.layer, x, *args, **kwargs)
 
-        unread = self.trials.unread(self.layer, hidden, run)
+        unread = how.trials.unread(self.layer, hidden, run)
 
         def again(x: Tensor) -> Tensor:
             with wiring.leaving_out(unread):
                 return run(x)
 
-        return recomputed(hidden, run, again, self.shelf, self.number)
+        def around() -> AbstractContextManager[None]:
+            return decoded_once(self.layer) if how.decoded else nullcontext()
+
+        return recomputed(hidden, run, again, around, how.shelf, self.number)
 
 
 def _own_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

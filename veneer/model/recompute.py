@@ -7,29 +7,34 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Layer = Callable[[Tensor], Tensor]
+Around = Callable[[], AbstractContextManager[None]]
 LEAVING = 2  # inputs on their way to the host at a time: the computation waits for the one before
 
 
-def recomputed(hidden: Tensor, run: Layer, again: Layer, shelf: Shelf | None, number: int) -> Tensor:
+def recomputed(hidden: Tensor, run: Layer, again: Layer, around: Around, shelf: Shelf | None, number: int) -> Tensor:
     """run(hidden), differentiable in hidden and in what `run` trains; in backward `again` runs in its place.
 
+    around: makes a context for the second run and its backward.
     shelf: where layer `number` keeps its input; None: on the device.
     Nothing in a layer is random while a stream runs (dropout masks are functions of step and row), so the second run
     computes what the first did. Gradients of adapters are added where they live, by the inner backward.
     """
-    return _Recompute.apply(hidden, run, again, shelf, number)
+    return _Recompute.apply(hidden, run, again, around, shelf, number)
 
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, run: Layer, again: Layer, shelf: Shelf | None, number: int) -> Tensor:
-        ctx.again, ctx.shelf, ctx.number = again, shelf, number
+    def forward(
+        ctx: Any, hidden: Tensor, run: Layer, again: Layer, around: Around, shelf: Shelf | None, number: int
+    ) -> Tensor:
+        ctx.again, ctx.around, ctx.shelf, ctx.number = again, around, shelf, number
         if shelf is None:
             ctx.save_for_backward(hidden)
         else:
@@ -41,10 +46,11 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         hidden = ctx.saved_tensors[0] if ctx.shelf is None else ctx.shelf.take(ctx.number)
         hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            out = ctx.again(hidden)
-        torch.autograd.backward(out, g)
-        return hidden.grad, None, None, None, None
+        with ctx.around():
+            with torch.enable_grad():
+                out = ctx.again(hidden)
+            torch.autograd.backward(out, g)
+        return hidden.grad, None, None, None, None, None
 
 
 class Shelf:

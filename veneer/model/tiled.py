@@ -26,10 +26,12 @@ Own = Callable[[nn.Module, Tensor], Tensor]
 
 
 def tiled_mlp(layer: nn.Module) -> nn.Module | None:
-    """The layer's MLP, where it consists of linear layers and functions alone; experts, say, are left as they are."""
+    """The layer's MLP, where it consists of linear layers and functions alone; experts, say, are left as they are, and
+    so is one with a `forward` that someone else has put on it."""
     for name in NAMES:
         mlp = getattr(layer, name, None)
-        if isinstance(mlp, nn.Module) and not list(mlp.parameters(recurse=False)):
+        others = "forward" in getattr(mlp, "__dict__", {}) and STATE not in mlp.__dict__
+        if isinstance(mlp, nn.Module) and not others and not list(mlp.parameters(recurse=False)):
             children = list(mlp.children())
             if all(isinstance(child, (Leaf, nn.Linear)) or not list(child.parameters()) for child in children):
                 return mlp

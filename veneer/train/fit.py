@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from veneer.bases.kept import decoded_bytes
 from veneer.config import TrainSettings
 from veneer.kernels.triton_here import has_triton
 from veneer.model.layers import arrange, decoder_layers
@@ -22,6 +23,7 @@ from veneer.train.passes import Passes, computed
 from veneer.train.ranks import Ranks
 
 SPARE = 0.06  # of the memory is left over: blocks that no tensor fits, passes of other shapes
+LITTLE = 0.02  # of the memory, that one layer's decoded weights may take
 MOMENTS = 8  # bytes a parameter that the optimiser asks for at its first step
 FEWER, MORE = 1, 3  # layers whose activations the two passes keep
 
@@ -48,7 +50,7 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
     recordable = compiled and not settings.fsdp and wanted != "offload" and model.dtype in HALF
     measure = wanted == "auto" and layers > MORE and not job.done
     if measure:
-        arrange(model, compiled, layers - FEWER)
+        arrange(model, compiled, layers - FEWER, decoded=_decodes_once(model))
     else:
         arrange(model, compiled, -1 if wanted and wanted != "auto" else 0, offload=wanted == "offload" and on_gpu)
     if not on_gpu or settings.fsdp or job.done or not (measure or recordable):
@@ -57,7 +59,7 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
         measured = Measured(model, job, ranks, recordable)
         if measure:
             kept, note = _kept(measured, compiled, layers)
-            arrange(model, compiled, layers - kept)
+            arrange(model, compiled, layers - kept, decoded=_decodes_once(model))
             notes += [note] if note else []
         return Fitted(recordable and measured.fits_twice(), notes)
 
@@ -70,6 +72,11 @@ def _compiled(settings: TrainSettings, on_gpu: bool) -> tuple[bool, list[str]]:
     if not has_triton():
         return False, ["triton is not installed: layers are not compiled, which is slower"]
     return True, []
+
+
+def _decodes_once(model: nn.Module) -> bool:
+    """Whether one layer's decoded weights are little beside the memory that there is."""
+    return max(map(decoded_bytes, decoder_layers(model))) <= LITTLE * available()
 
 
 class Measured:
@@ -106,7 +113,7 @@ class Measured:
 def _kept(measured: Measured, compiled: bool, layers: int) -> tuple[int, str | None]:
     """How many layers' activations fit beside everything else, and what to say of it."""
     fewer = measured.peak()  # as `fit` has arranged them
-    arrange(measured.model, compiled, layers - MORE)
+    arrange(measured.model, compiled, layers - MORE, decoded=_decodes_once(measured.model))
     try:
         more = measured.peak()
     except torch.OutOfMemoryError:
