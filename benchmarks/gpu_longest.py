@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.gpu_child import MARK, limit, out_of_memory
-from benchmarks.gpu_spec import Spec
+from benchmarks.gpu_spec import Spec, sizes
 
 GRAIN = 512  # tokens
 MOST = 2**18
-TIMED = 5  # steps of the run that confirms
+PROBES = ((2, 8192), (2, 32768), (4, 8192))  # layers and tokens
+STEPS = 2  # of a run that confirms, or probes
 
 
 def longest(fits: Callable[[int], bool], grain: int = GRAIN, most: int = MOST, least: int = 0) -> int:
@@ -68,10 +69,28 @@ def confirmed(spec: Spec, cap_gib: float, sequence: int, run: Callable[[Spec], d
         tokens = int(sequence * share) // GRAIN * GRAIN
         if tokens == 0:
             break
-        made = run(spec.but(sequence=tokens, cap_gib=cap_gib, steps=TIMED))
+        made = run(spec.but(sequence=tokens, cap_gib=cap_gib, steps=STEPS))
         if "tokens_per_second" in made:
             return {"sequence": tokens, "cap_gib": cap_gib, "searched": sequence, **made}
     return {"sequence": 0, "cap_gib": cap_gib, "searched": sequence, **made}
+
+
+def predicted(spec: Spec, cap_gib: float, run: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
+    """The length that should fit, told by a few layers: peak = fixed + layers · one layer + tokens · one token.
+
+    Activations of one layer at a time are on the device, so a token takes as much of it however many layers there are.
+    """
+    few = {(layers, tokens): spec.but(shape=f"{spec.shape}:{layers}", sequence=tokens) for layers, tokens in PROBES}
+    made = {probe: run(each.but(steps=STEPS)) for probe, each in few.items()}
+    if not all("peak_gib" in result for result in made.values()):
+        return {"cap_gib": cap_gib, "probes": list(made.values())}
+    (few_layers, short), (_, long), (more_layers, _) = PROBES
+    peaks = [made[probe]["peak_gib"] for probe in PROBES]
+    token, layer = (peaks[1] - peaks[0]) / (long - short), (peaks[2] - peaks[0]) / (more_layers - few_layers)
+    fixed = peaks[0] - few_layers * layer - short * token
+    room = cap_gib - fixed - sizes(spec.shape)["num_hidden_layers"] * layer
+    facts = {"cap_gib": cap_gib, "fixed_gib": fixed, "layer_gib": layer, "token_kib": token * 2**20}
+    return {**facts, "sequence": max(0, int(room / token)) // GRAIN * GRAIN, "probes": list(made.values())}
 
 
 if __name__ == "__main__":

@@ -65,12 +65,10 @@ class Meter:
             self.facts["start_to_first_step_seconds"] = time.time() - self.started
 
     def result(self, tokens_per_step: int, moments: Sequence[Tensor] = ()) -> dict[str, Any]:
-        """All figures of the run. Raises ValueError where no step was timed."""
+        """All figures of the run; of one no longer than the warm-up, its last step is what is timed."""
         settle()
         seconds = [_between(before, after) for before, after in pairwise([self.start, *self.marks])]
-        timed = seconds[WARM_UP:]
-        if not timed:
-            raise ValueError(f"{len(seconds)} steps; wanted more than {WARM_UP}, which are not timed")
+        timed = seconds[WARM_UP:] or seconds[-1:]
         return {
             "tokens_per_second": tokens_per_step * len(timed) / sum(timed),
             "step_seconds": sum(timed) / len(timed),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_spec import SHAPES, Spec
+from benchmarks.gpu_spec import Spec, sizes
 
 PAD, BEGIN, END = 0, 1, 2
 MOST_TOKENS = 40000  # ids are drawn below this
@@ -25,7 +25,7 @@ def config_of(shape: str, sequence: int = 4096) -> Any:
     from transformers import LlamaConfig
 
     tokens = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
-    return LlamaConfig(max_position_embeddings=max(32768, sequence), use_cache=False, **tokens, **SHAPES[shape])
+    return LlamaConfig(max_position_embeddings=max(32768, sequence), use_cache=False, **tokens, **sizes(shape))
 
 
 def fresh(
@@ -72,6 +72,6 @@ def _make(model: nn.Module, path: str, module: nn.Module, device: str, seed: int
 def batch_of(spec: Spec, step: int) -> Tensor:
     """Token ids (batch, sequence) of a step, on the CPU. Small ones are likelier: there is something to learn."""
     generator = torch.Generator().manual_seed(1 + step)
-    most = min(MOST_TOKENS, SHAPES[spec.shape]["vocab_size"])
+    most = min(MOST_TOKENS, sizes(spec.shape)["vocab_size"])
     drawn = torch.rand(spec.batch, spec.sequence, generator=generator, dtype=torch.float64)
     return (drawn.pow(3) * (most - 3)).long() + 3

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from typing import Any
 
-# Llama shapes. The numbers of 1B and 8B are those of Llama 3, of 65B those of LLaMA (arXiv 2302.13971).
+# Llama shapes. The numbers of 1B, 8B and 70B are those of Llama 3, of 65B those of LLaMA (arXiv 2302.13971).
 SHAPES: dict[str, dict[str, Any]] = {
     "pico": {
         "hidden_size": 64,
@@ -51,7 +51,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
 }
+
+
+def sizes(shape: str) -> dict[str, Any]:
+    """The numbers of a shape; `8b:4` is 8b with 4 layers."""
+    name, _, layers = shape.partition(":")
+    return SHAPES[name] | ({"num_hidden_layers": int(layers)} if layers else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +109,7 @@ class Spec:
 
 def layer_sizes(shape: str) -> list[tuple[int, int]]:
     """(out, in) of the linear layers of one decoder layer."""
-    s = SHAPES[shape]
+    s = sizes(shape)
     width, inner = s["hidden_size"], s["intermediate_size"]
     keys = width // s["num_attention_heads"] * s["num_key_value_heads"]
     return [
@@ -109,7 +125,7 @@ def layer_sizes(shape: str) -> list[tuple[int, int]]:
 
 def adapter_parameters(shape: str, rank: int) -> int:
     """Trained numbers of LoRA on all linear layers."""
-    return SHAPES[shape]["num_hidden_layers"] * rank * sum(out + into for out, into in layer_sizes(shape))
+    return sizes(shape)["num_hidden_layers"] * rank * sum(out + into for out, into in layer_sizes(shape))
 
 
 def flop_per_token(spec: Spec) -> dict[str, float]:
@@ -118,7 +134,7 @@ def flop_per_token(spec: Spec) -> dict[str, float]:
     `linear`: the products with layer weights, 2 forward and 2 backward for each weight, 2 more where W has a gradient;
     `rest`: the vocabulary head on every token, the adapter, and causal attention (half of S keys on average).
     """
-    s, full = SHAPES[spec.shape], spec.system.startswith("full")
+    s, full = sizes(spec.shape), spec.system.startswith("full")
     layers, width = s["num_hidden_layers"], s["hidden_size"]
     weights = layers * sum(out * into for out, into in layer_sizes(spec.shape))
     head = width * s["vocab_size"]

@@ -40,6 +40,15 @@ def longest_lines(found: dict[str, Any]) -> str:
     return "\n".join(f"{cap} GiB: {made['sequence']} tokens ({outcome(made)})" for cap, made in limits.items())
 
 
+def predicted_line(found: dict[str, Any]) -> str:
+    """What was predicted, and what came of it."""
+    made = found.get("confirmed", {})
+    return (
+        f"{found['cap_gib']:g} GiB: {found.get('sequence', 0)} tokens predicted, "
+        f"{made.get('sequence', 0)} trained ({outcome(made)})"
+    )
+
+
 def outcome(made: Result) -> str:
     """One line on a result."""
     if worked(made):

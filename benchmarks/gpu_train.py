@@ -22,10 +22,22 @@ from typing import Any
 from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
 from benchmarks.gpu_meter import WARM_UP
 from benchmarks.gpu_process import Result, worked
-from benchmarks.gpu_rows import LONGEST, LONGEST_CAPS_GIB, LONGEST_SPEC, ROWS, SYSTEMS, Row, parse_rows, parse_systems
+from benchmarks.gpu_rows import (
+    LONGEST,
+    LONGEST_CAPS_GIB,
+    LONGEST_SPEC,
+    PREDICTED,
+    PREDICTED_CAP_GIB,
+    PREDICTED_SPEC,
+    ROWS,
+    SYSTEMS,
+    Row,
+    parse_rows,
+    parse_systems,
+)
 from benchmarks.gpu_spec import Spec
 from benchmarks.gpu_sweep import Clock, Run, Runs
-from benchmarks.gpu_table import longest_lines, outcome, table
+from benchmarks.gpu_table import longest_lines, outcome, predicted_line, table
 
 NAME = "gpu_train"
 File = dict[str, Any]
@@ -50,11 +62,16 @@ def main() -> None:
         save()
     for name in options.rows:
         if name == LONGEST:
-            held["longest"] = stamp() | longest(run_and_say, options.caps)
+            held[name] = stamp() | longest(run_and_say, options.caps)
+            said = longest_lines(held[name])
+        elif name == PREDICTED:
+            held[name] = stamp() | predicted(run_and_say)
+            said = predicted_line(held[name])
         else:
             measure(held, name, options, clock, save, run_and_say)
+            said = table(name, held["rows"][name])
         save()
-        print(longest_lines(held["longest"]) if name == LONGEST else table(name, held["rows"][name]), flush=True)
+        print(said, flush=True)
 
 
 def measure(
@@ -91,7 +108,7 @@ def gather(held: File, others: Sequence[File]) -> None:
             here["systems"] |= row["systems"]
             for ours, peers in row["ratios"].items():
                 here["ratios"].setdefault(ours, {}).update(peers)
-        held |= {name: other[name] for name in ("ceiling", "longest") if name in other}
+        held |= {name: other[name] for name in ("ceiling", LONGEST, PREDICTED) if name in other}
 
 
 def _scanned(trials: list[Result], row: Row, system: str) -> dict[str, Any]:
@@ -133,6 +150,13 @@ def longest(run: Run, caps: list[float]) -> dict[str, Any]:
     return {"spec": LONGEST_SPEC.__dict__, "limits": limits}
 
 
+def predicted(run: Run) -> dict[str, Any]:
+    """A length told by a few layers, and a run of all of them at it."""
+    found = gpu_longest.predicted(PREDICTED_SPEC, PREDICTED_CAP_GIB, run)
+    tokens = found.get("sequence", 0)
+    return found | {"confirmed": gpu_longest.confirmed(PREDICTED_SPEC, PREDICTED_CAP_GIB, tokens, run)}
+
+
 def _checkpoint(shape: str) -> None:
     """Written in a process of its own, so that this one never touches the device."""
     print(f"checkpoint {shape}: {gpu_process.read(['-m', 'benchmarks.peers_checkpoint', shape])}", file=sys.stderr)
@@ -156,7 +180,7 @@ def load(path: Path) -> File:
     if not path.is_file():
         return {}
     held = json.loads(path.read_text(encoding="utf-8"))
-    return {name: held[name] for name in ("ceiling", "rows", "longest") if name in held}
+    return {name: held[name] for name in ("ceiling", "rows", LONGEST, PREDICTED) if name in held}
 
 
 def saver(held: File, path: Path) -> Callable[[], None]:
@@ -170,7 +194,7 @@ def saver(held: File, path: Path) -> Callable[[], None]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_train", description=__doc__.partition("\n")[0])
-    known = ", ".join([*ROWS, LONGEST])
+    known = ", ".join([*ROWS, LONGEST, PREDICTED])
     parser.add_argument("--rows", type=parse_rows, default="all", help=f"all, or some of {known}, by commas")
     parser.add_argument("--systems", type=parse_systems, help=f"only these of a row's: {', '.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; 0 only scans")

@@ -64,7 +64,7 @@ def test_candidates_carry_the_rows_work_and_the_systems_storage() -> None:
 
 def test_rows_and_systems_are_parsed_and_all_unknown_ones_named() -> None:
     assert parse_rows("8b-bf16,longest") == ["8b-bf16", "longest"]
-    assert set(parse_rows("all")) == {*ROWS, "longest"}
+    assert set(parse_rows("all")) == {*ROWS, "longest", "70b-longest"}
     assert parse_systems(None) is None and parse_systems("ours,unsloth") == ["ours", "unsloth"]
     with pytest.raises(ValueError, match=r"9b, 7b"):
         parse_rows("9b,8b-bf16,7b")

@@ -12,9 +12,9 @@ import torch
 
 from benchmarks import gpu_process, gpu_train, record
 from benchmarks.gpu_child import MARK, out_of_memory
-from benchmarks.gpu_longest import GRAIN, confirmed, longest
+from benchmarks.gpu_longest import GRAIN, confirmed, longest, predicted
 from benchmarks.gpu_rows import ROWS
-from benchmarks.gpu_spec import Spec
+from benchmarks.gpu_spec import Spec, sizes
 from benchmarks.gpu_sweep import SCAN_STEPS, Clock
 from benchmarks.gpu_table import table
 
@@ -149,6 +149,21 @@ def test_the_longest_that_fits_is_found(limit: int) -> None:
     found = longest(fits, most=2**16)
     assert found == min(limit // GRAIN * GRAIN, 2**16) and len(tried) <= 20
     assert longest(lambda n: n <= 3 * limit + GRAIN, most=2**16, least=found) >= found
+
+
+def test_a_length_is_predicted_from_a_few_layers() -> None:
+    seen: list[Spec] = []
+
+    def run(spec: Spec) -> dict[str, Any]:
+        seen.append(spec)
+        return {"peak_gib": 3.0 + 0.5 * sizes(spec.shape)["num_hidden_layers"] + spec.sequence * 2**-12}
+
+    spec = Spec("ours-nf4", "70b", "nf4")
+    found = predicted(spec, 78.0, run)
+    assert [sizes(each.shape)["num_hidden_layers"] for each in seen] == [2, 2, 4]
+    assert found["sequence"] == (78 - 3 - 40) * 2**12
+    assert (found["fixed_gib"], found["layer_gib"], found["token_kib"]) == pytest.approx((3.0, 0.5, 256.0))
+    assert "sequence" not in predicted(spec, 78.0, lambda _: {"oom": "CUDA out of memory"})
 
 
 def test_the_longest_counts_only_once_a_fresh_process_trained_at_it() -> None:
