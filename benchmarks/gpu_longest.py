@@ -62,14 +62,16 @@ def search(spec: Spec, caps: Sequence[float]) -> dict[str, Any]:
     return {"found": found}
 
 
-def confirmed(spec: Spec, cap_gib: float, sequence: int, run: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
+def confirmed(
+    spec: Spec, cap_gib: float, sequence: int, run: Callable[[Spec], dict[str, Any]], steps: int = STEPS
+) -> dict[str, Any]:
     """The first length, down from what the search found, at which a fresh process trains."""
     made: dict[str, Any] = {"failed": "nothing fits"}
     for share in (1.0, 0.97, 0.94, 0.9):
         tokens = int(sequence * share) // GRAIN * GRAIN
         if tokens == 0:
             break
-        made = run(spec.but(sequence=tokens, cap_gib=cap_gib, steps=STEPS))
+        made = run(spec.but(sequence=tokens, cap_gib=cap_gib, steps=steps))
         if "tokens_per_second" in made:
             return {"sequence": tokens, "cap_gib": cap_gib, "searched": sequence, **made}
     return {"sequence": 0, "cap_gib": cap_gib, "searched": sequence, **made}
