@@ -35,17 +35,10 @@ def _line(system: str, made: dict[str, Any]) -> str:
 
 
 def longest_lines(found: dict[str, Any]) -> str:
-    """The longest sequence under each limit."""
-    limits = found.get("limits", {})
-    return "\n".join(f"{cap} GiB: {made['sequence']} tokens ({outcome(made)})" for cap, made in limits.items())
-
-
-def predicted_line(found: dict[str, Any]) -> str:
-    """What was predicted, and what came of it."""
-    made = found.get("confirmed", {})
-    return (
-        f"{found['cap_gib']:g} GiB: {found.get('sequence', 0)} tokens predicted, "
-        f"{made.get('sequence', 0)} trained ({outcome(made)})"
+    """What was predicted under each limit, and what trained."""
+    return "\n".join(
+        f"{cap} GiB: {made['predicted']} tokens predicted, {made['sequence']} trained ({outcome(made)})"
+        for cap, made in found.get("limits", {}).items()
     )
 
 

@@ -22,23 +22,10 @@ from typing import Any
 from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
 from benchmarks.gpu_meter import WARM_UP
 from benchmarks.gpu_process import Result, worked
-from benchmarks.gpu_rows import (
-    LONGEST,
-    LONGEST_CAPS_GIB,
-    LONGEST_SPEC,
-    PREDICTED,
-    PREDICTED_CAP_GIB,
-    PREDICTED_MOST,
-    PREDICTED_SPEC,
-    ROWS,
-    SYSTEMS,
-    Row,
-    parse_rows,
-    parse_systems,
-)
+from benchmarks.gpu_rows import LONGEST, ROWS, SYSTEMS, Row, parse_rows, parse_systems
 from benchmarks.gpu_spec import Spec
 from benchmarks.gpu_sweep import Clock, Run, Runs
-from benchmarks.gpu_table import longest_lines, outcome, predicted_line, table
+from benchmarks.gpu_table import longest_lines, outcome, table
 
 NAME = "gpu_train"
 File = dict[str, Any]
@@ -62,12 +49,11 @@ def main() -> None:
         held["ceiling"] = stamp() | gpu_process.read(["-m", "benchmarks.gpu_ceiling"])
         save()
     for name in options.rows:
-        if name == LONGEST:
-            held[name] = stamp() | longest(run_and_say, options.caps)
-            said = longest_lines(held[name])
-        elif name == PREDICTED:
-            held[name] = stamp() | predicted(run_and_say)
-            said = predicted_line(held[name])
+        if name in LONGEST:
+            row = LONGEST[name]
+            found = gpu_longest.longest(row.spec, options.caps or row.caps_gib, run_and_say, row.steps, row.most)
+            held.setdefault("longest", {})[name] = stamp() | found
+            said = longest_lines(held["longest"][name])
         else:
             measure(held, name, options, clock, save, run_and_say)
             said = table(name, held["rows"][name])
@@ -109,7 +95,8 @@ def gather(held: File, others: Sequence[File]) -> None:
             here["systems"] |= row["systems"]
             for ours, peers in row["ratios"].items():
                 here["ratios"].setdefault(ours, {}).update(peers)
-        held |= {name: other[name] for name in ("ceiling", LONGEST, PREDICTED) if name in other}
+        held.setdefault("longest", {}).update(other.get("longest", {}))
+        held |= {name: other[name] for name in ("ceiling",) if name in other}
 
 
 def _scanned(trials: list[Result], row: Row, system: str) -> dict[str, Any]:
@@ -141,23 +128,6 @@ def merge(held: File, name: str, entries: dict[str, dict[str, Any]], ratios: dic
             row["ratios"].setdefault(ours, {})[peer] = stamp() | ratio
 
 
-def longest(run: Run, caps: list[float]) -> dict[str, Any]:
-    """Search and confirmation of the longest sequence under each limit."""
-    words = ["-m", "benchmarks.gpu_longest", LONGEST_SPEC.to_json(), json.dumps(caps)]
-    searched = gpu_process.read(words, gpu_process.environment(LONGEST_SPEC.system), limit=450.0)
-    if "found" not in searched:
-        return {"spec": LONGEST_SPEC.__dict__, "search": searched}
-    limits = {cap: gpu_longest.confirmed(LONGEST_SPEC, float(cap), at, run) for cap, at in searched["found"].items()}
-    return {"spec": LONGEST_SPEC.__dict__, "limits": limits}
-
-
-def predicted(run: Run) -> dict[str, Any]:
-    """A length told by a few layers, and a run of all of them at it."""
-    found = gpu_longest.predicted(PREDICTED_SPEC, PREDICTED_CAP_GIB, run)
-    tokens = min(found.get("sequence", 0), PREDICTED_MOST)
-    return found | {"confirmed": gpu_longest.confirmed(PREDICTED_SPEC, PREDICTED_CAP_GIB, tokens, run, steps=1)}
-
-
 def _checkpoint(shape: str) -> None:
     """Written in a process of its own, so that this one never touches the device."""
     print(f"checkpoint {shape}: {gpu_process.read(['-m', 'benchmarks.peers_checkpoint', shape])}", file=sys.stderr)
@@ -181,7 +151,7 @@ def load(path: Path) -> File:
     if not path.is_file():
         return {}
     held = json.loads(path.read_text(encoding="utf-8"))
-    return {name: held[name] for name in ("ceiling", "rows", LONGEST, PREDICTED) if name in held}
+    return {name: held[name] for name in ("ceiling", "rows", "longest") if name in held}
 
 
 def saver(held: File, path: Path) -> Callable[[], None]:
@@ -195,7 +165,7 @@ def saver(held: File, path: Path) -> Callable[[], None]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_train", description=__doc__.partition("\n")[0])
-    known = ", ".join([*ROWS, LONGEST, PREDICTED])
+    known = ", ".join([*ROWS, *LONGEST])
     parser.add_argument("--rows", type=parse_rows, default="all", help=f"all, or some of {known}, by commas")
     parser.add_argument("--systems", type=parse_systems, help=f"only these of a row's: {', '.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; 0 only scans")
@@ -203,7 +173,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="begin nothing that would end later than this")
     parser.add_argument("--reuse", action="store_true", help="no scan where the file holds one of the same variants")
     parser.add_argument("--keep-ceiling", action="store_true", help="no new ceiling where the file holds this GPU's")
-    parser.add_argument("--caps", type=_caps, default=list(LONGEST_CAPS_GIB), help="limits in GiB for `longest`")
+    parser.add_argument("--caps", type=_caps, help="limits in GiB for the longest sequences")
     parser.add_argument("--output", type=Path, default=record.RESULTS / f"{NAME}.json", help="file to merge into")
     parser.add_argument("--gather", type=Path, nargs="+", metavar="FILE", help="measure nothing; merge these files")
     options = parser.parse_args()

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu_process, gpu_train, record
 from benchmarks.gpu_child import MARK, out_of_memory
-from benchmarks.gpu_longest import GRAIN, confirmed, longest, predicted
+from benchmarks.gpu_longest import confirmed, longest
 from benchmarks.gpu_rows import ROWS
 from benchmarks.gpu_spec import Spec, sizes
 from benchmarks.gpu_sweep import SCAN_STEPS, Clock
@@ -67,7 +67,7 @@ def test_calls_fill_one_file_and_each_part_tells_its_commit(tmp_path: Path, monk
 
 def test_files_of_several_gpus_become_one() -> None:
     one: dict[str, Any] = {}
-    other: dict[str, Any] = {"longest": {"limits": {}}}
+    other: dict[str, Any] = {"longest": {"8b-longest": {"limits": {}}}}
     measured(one, "8b-bf16", {"ours": 100, "unsloth": 90})
     measured(other, "8b-bf16", {"ours": 100, "peft": 50})
     measured(other, "65b", {"ours-nf4": 10})
@@ -138,32 +138,24 @@ def test_running_out_of_memory_is_told_from_other_errors(error: Exception, expec
     assert out_of_memory(error) is expected
 
 
-@pytest.mark.parametrize("limit", [0, 1, 511, 512, 5000, 33000, 10**9])
-def test_the_longest_that_fits_is_found(limit: int) -> None:
-    tried: list[int] = []
-
-    def fits(sequence: int) -> bool:
-        tried.append(sequence)
-        return sequence <= limit
-
-    found = longest(fits, most=2**16)
-    assert found == min(limit // GRAIN * GRAIN, 2**16) and len(tried) <= 20
-    assert longest(lambda n: n <= 3 * limit + GRAIN, most=2**16, least=found) >= found
-
-
-def test_a_length_is_predicted_from_a_few_layers() -> None:
+def test_a_length_is_predicted_from_a_few_layers_and_confirmed() -> None:
     seen: list[Spec] = []
 
     def run(spec: Spec) -> dict[str, Any]:
         seen.append(spec)
-        return {"peak_gib": 3.0 + 0.5 * sizes(spec.shape)["num_hidden_layers"] + spec.sequence * 2**-12}
+        made = {"peak_gib": 3.0 + 0.5 * sizes(spec.shape)["num_hidden_layers"] + spec.sequence * 2**-12}
+        return made | {"tokens_per_second": 1.0}
 
     spec = Spec("ours-nf4", "70b", "nf4")
-    found = predicted(spec, 78.0, run)
-    assert [sizes(each.shape)["num_hidden_layers"] for each in seen] == [2, 2, 4]
-    assert found["sequence"] == (78 - 3 - 40) * 2**12
+    found = longest(spec, [78.0, 60.0], run, steps=1, most=100_000)
+    assert [sizes(each.shape)["num_hidden_layers"] for each in seen] == [2, 2, 4, 80, 80]
     assert (found["fixed_gib"], found["layer_gib"], found["token_kib"]) == pytest.approx((3.0, 0.5, 256.0))
-    assert "sequence" not in predicted(spec, 78.0, lambda _: {"oom": "CUDA out of memory"})
+    assert [(made["predicted"], made["sequence"]) for made in found["limits"].values()] == [
+        ((78 - 43) * 2**12, 99_840),
+        ((60 - 43) * 2**12, (60 - 43) * 2**12),
+    ]
+    assert [spec.cap_gib for spec in seen[3:]] == [78.0, 60.0] and seen[3].steps == 1
+    assert "limits" not in longest(spec, [78.0], lambda _: {"oom": "CUDA out of memory"}, steps=1, most=1)
 
 
 def test_the_longest_counts_only_once_a_fresh_process_trained_at_it() -> None:
@@ -171,7 +163,7 @@ def test_the_longest_counts_only_once_a_fresh_process_trained_at_it() -> None:
         return result(1.0) if spec.sequence <= 9700 else {"oom": "CUDA out of memory"}
 
     made = confirmed(Spec("ours-nf4", "8b"), 16.0, 10240, run)
-    assert (made["sequence"], made["searched"], made["cap_gib"]) == (9216, 10240, 16.0)
+    assert (made["sequence"], made["cap_gib"]) == (9216, 16.0)
     assert confirmed(Spec("ours-nf4", "8b"), 8.0, 0, run)["sequence"] == 0
 
 
