@@ -45,13 +45,6 @@ def marked(update: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
     return then_marked
 
 
-def steps_of(spec: Spec, model: nn.Module) -> None:
-    """Trains a model that stands already for some steps, with an optimiser of its own."""
-    from veneer.train.loop import loop
-
-    loop(model, [job_of(spec, model)], record=lambda *_: None, save=lambda _: None)
-
-
 def built(spec: Spec, device: str) -> Any:
     """The model with its base stored as asked, an adapter on every linear layer, compiled and recomputed as asked."""
     from veneer.adapter.attach import attach

@@ -64,10 +64,12 @@ def test_our_rows_come_step_by_step_as_the_peers_see_them() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
-def test_ours_and_peft_do_the_same_work() -> None:
+@pytest.mark.parametrize("passes", [1, 2])
+def test_ours_and_peft_do_the_same_work(passes: int) -> None:
     from benchmarks import peers_gpu
 
-    ours, peft = trained(ours_gpu, SPEC), trained(peers_gpu, SPEC.but(system="peft"))
+    spec = SPEC.but(passes=passes)
+    ours, peft = trained(ours_gpu, spec), trained(peers_gpu, spec.but(system="peft"))
     assert ours.marks == peft.marks == SPEC.steps
     assert ours.trained == peft.trained and len(ours.losses) == len(peft.losses) == SPEC.steps
     assert ours.losses == pytest.approx(peft.losses, abs=5e-3)  # bf16; A starts from other random numbers
