@@ -129,6 +129,9 @@ def ratios(runs: dict[str, list[Result]]) -> dict[str, Any]:
                     "tokens_per_second": record.ratios(*_columns(pairs, "tokens_per_second")),
                     "peak_gib": record.ratios(*_columns(pairs, "peak_gib")),
                     "first_loss_gap": max(abs(a["losses"][0] - b["losses"][0]) for a, b in pairs),
+                    "largest_loss_gap": max(
+                        abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=False)
+                    ),
                 }
     return found
 
