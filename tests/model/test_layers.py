@@ -203,6 +203,33 @@ def test_an_mlp_with_a_forward_of_someone_elses_keeps_it(model, small_tiles):
     same(losses(model), wanted)
 
 
+@pytest.mark.parametrize("offset", [0.0, 50.0, -50.0])
+def test_a_layer_that_bends_what_its_pieces_give_reads_it(model, small_tiles, monkeypatch, offset):
+    """The layer, not the MLP: a ReLU on what the MLP gives, open or shut for every token."""
+    own = type(decoder_layers(model)[0]).forward
+
+    class Bent(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return torch.relu(self.mlp(x) + offset)
+
+    def forward(layer, *args, **kwargs):
+        mlp = layer._modules["mlp"]
+        layer._modules["mlp"] = Bent(mlp)
+        try:
+            return own(layer, *args, **kwargs)
+        finally:
+            layer._modules["mlp"] = mlp
+
+    monkeypatch.setattr(type(decoder_layers(model)[0]), "forward", forward)
+    wanted = losses(model)
+    arrange(model, recompute=-1)
+    same(losses(model), wanted)
+
+
 def test_an_mlp_in_pieces_is_computed_as_often_as_without(model, small_tiles, monkeypatch):
     rows: Counter[str] = Counter()
     for name, module in model.named_modules():
