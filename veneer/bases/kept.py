@@ -7,7 +7,7 @@ each of its weights twice in backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +23,7 @@ SHARE = 0.5  # of the memory that is free
 def decoded(model: nn.Module) -> Iterator[bool]:
     """While inside, quantised layers multiply by weights that were decoded once; says whether there was room."""
     bases = [m for m in model.modules() if isinstance(m, Quantised) and m.adds and m.held is None]
-    needed = sum(base.out_features * base.in_features * base.dtype.itemsize for base in bases)
-    room = bool(bases) and needed <= SHARE * free_memory(bases[0].device)
+    room = bool(bases) and _decoded_size(bases) <= SHARE * free_memory(bases[0].device)
     try:
         if room:
             for base in bases:
@@ -50,7 +49,12 @@ def decoded_once(module: nn.Module) -> Iterator[None]:
 
 def decoded_bytes(module: nn.Module) -> int:
     """What the quantised layers of `module` take when they are decoded."""
-    return sum(m.out_features * m.in_features * m.dtype.itemsize for m in module.modules() if isinstance(m, Quantised))
+    return _decoded_size([m for m in module.modules() if isinstance(m, Quantised)])
+
+
+def _decoded_size(bases: Sequence[Quantised]) -> int:
+    """Bytes."""
+    return sum(base.out_features * base.in_features * base.dtype.itemsize for base in bases)
 
 
 def free_memory(device: torch.device) -> int:

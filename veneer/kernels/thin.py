@@ -10,7 +10,6 @@ from torch import Tensor
 
 from veneer.kernels.triton_here import has_triton
 
-HALF = (torch.bfloat16, torch.float16)
 LEAST = 1 << 24  # elements of g from which one read of it is worth the sums over its parts
 MOST_RANK = 32  # at 64 the parts that are summed up are as many bytes as a second read of g
 
@@ -33,5 +32,5 @@ def summed_product(left_TX: Tensor, right_TY: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _in_one_read(g_TO: Tensor, b_OR: Tensor) -> bool:
-    large = g_TO.is_cuda and g_TO.dtype in HALF and g_TO.numel() >= LEAST and b_OR.shape[1] <= MOST_RANK
+    large = g_TO.is_cuda and g_TO.itemsize == 2 and g_TO.numel() >= LEAST and b_OR.shape[1] <= MOST_RANK
     return large and g_TO.stride(1) == 1 and b_OR.is_contiguous() and has_triton()
