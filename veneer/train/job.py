@@ -70,9 +70,8 @@ class Job:
         self.batches = _batches(self.settings, len(self.train))
         self.flat = FlatParameters(by_family(self.methods))
         self.optimizer = start_optimizer(self.flat, self.settings)
-        self.finite = torch.tensor(
-            True, device=self.flat.values_P.device
-        )  # all losses and gradients so far were finite
+        # Whether all losses and gradients so far were; a tensor, so that the device can ask.
+        self.finite = torch.tensor(True, device=self.flat.values_P.device)
         epoch = self.batches.steps_per_epoch
         self.eval_steps = self.settings.eval_steps or epoch
         self.save_steps = self.settings.save_steps or max(1, min(epoch, self.total // 8))
