@@ -220,14 +220,14 @@ def test_casts_and_moves_of_a_model_leave_packed_bytes_alone(name):
 
 
 def test_encoding_a_large_weight_takes_little_beside_it():
-    """The vocabulary of a Llama 3 head: at most as much again as the weight in bfloat16."""
+    """The vocabulary of a Llama 3 head: one copy in float32 and what is kept, int8's outlier columns among it."""
     w_OI = torch.randn(128256, 2048, device="cuda", dtype=torch.bfloat16)
     for name in [name for name in BASES if name != "dense"]:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         storage(name).from_weight(w_OI)
-        assert torch.cuda.max_memory_allocated() - before < 2.5 * w_OI.nbytes, name
+        assert torch.cuda.max_memory_allocated() - before < 2.6 * w_OI.nbytes, name
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 130, 3), (500, 1000, 16), (1000, 4097, 20), (4096, 4096, 64)])

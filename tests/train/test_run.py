@@ -89,13 +89,13 @@ class Stop(BaseException):
 
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], None]:
-    """stopping(config, n): trains and dies in the middle of step n, after its update."""
+    """stopping(config, n): trains and dies once step n is known (a GPU may have begun the next)."""
 
     def train(one: RunConfig, n: int) -> None:
         class Dying(run.Recorder):
             def __call__(self, job: Any, facts: dict) -> None:
                 super().__call__(job, facts)
-                if facts["split"] == "train" and job.step == n:
+                if facts["split"] == "train" and facts["step"] == n:
                     raise Stop
 
         with monkeypatch.context() as patch:
