@@ -14,6 +14,7 @@ from benchmarks.gpu_spec import Spec, sizes
 GRAIN = 512  # tokens
 PROBES = ((2, 8192), (2, 32768), (4, 8192))  # layers and tokens
 PROBE_STEPS = 2
+SHARES = (1.0, 0.95, 0.9, 0.8)  # of the prediction, tried in turn
 Run = Callable[[Spec], dict[str, Any]]
 
 
@@ -42,7 +43,7 @@ def longest(spec: Spec, caps_gib: Sequence[float], run: Run, steps: int, most: i
 def confirmed(spec: Spec, cap_gib: float, sequence: int, run: Run) -> dict[str, Any]:
     """The first length, down from `sequence`, at which a fresh process trains."""
     made: dict[str, Any] = {"failed": "nothing fits"}
-    for share in (1.0, 0.97, 0.94, 0.9):
+    for share in SHARES:
         tokens = int(sequence * share) // GRAIN * GRAIN
         if tokens == 0:
             break

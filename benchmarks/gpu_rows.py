@@ -28,7 +28,6 @@ OURS_FAST: tuple[Variant, ...] = ((1, "none", True), (2, "none", True), (3, "non
 # Row by row: as many layers keep their activations as there is room for.
 OURS_SMALL: tuple[Variant, ...] = (
     (4, "layers", True, 4),
-    (4, "29", True, 4),
     (4, "28", True, 4),
     (4, "27", True, 4),
 )
@@ -80,7 +79,7 @@ ROWS: dict[str, Row] = {
         },
         cap_gib=CARD,
     ),
-    "8b-fp8": Row("8b", {"ours-fp8": OURS_FAST, "unsloth-fp8": (*UNSLOTH_FAST, *OFFLOADED)}, cap_gib=CARD),
+    "8b-fp8": Row("8b", {"ours-fp8": OURS_FAST, "unsloth-fp8": (*UNSLOTH_FAST, OFFLOADED[0])}, cap_gib=CARD),
     # At the memory of Unsloth's recompute, which keeps layer inputs on the host.
     "8b-nf4": Row(
         "8b",
@@ -96,9 +95,9 @@ ROWS: dict[str, Row] = {
     "1b-bf16": Row(
         "1b",
         {
-            "ours": ((4, "none", True), (4, "layers", True), (4, "none", False)),
-            "unsloth": ((4, "none", False), *OFFLOADED),
-            "peft-liger": ((4, "none", False), (4, "none", True), (4, "layers", False)),
+            "ours": ((4, "none", True),),
+            "unsloth": ((4, "none", False), (4, "unsloth", False)),
+            "peft-liger": ((4, "none", False), (4, "none", True)),
             "peft": ((4, "layers", False),),
         },
     ),
@@ -115,9 +114,9 @@ ROWS: dict[str, Row] = {
     "full": Row(
         "1b",
         {
-            "ours": ((4, "none", True), (4, "layers", True)),
-            "ours-nf4": ((4, "none", True), (4, "layers", True)),
-            "full-liger": ((4, "none", False), (4, "layers", False)),
+            "ours": ((4, "none", True),),
+            "ours-nf4": ((4, "none", True),),
+            "full-liger": ((4, "none", False),),
             "full-bf16-liger": ((4, "none", False),),
             "full": ((2, "layers", False),),
         },

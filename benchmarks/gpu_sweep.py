@@ -16,6 +16,8 @@ from benchmarks.gpu_rows import Row, is_ours
 from benchmarks.gpu_spec import Spec, flop_per_token, ideal_seconds_per_token
 
 SCAN_STEPS = 8
+NO_TIME = "no time left"
+MEMORY = ("peak_gib", "driver_gib")  # of the allocator's tensors, and of all that the process holds
 Run = Callable[[Spec], Result]
 Runs = dict[str, list[Result]]
 # Figures of which a system's entry holds the median over its rounds.
@@ -36,25 +38,29 @@ class Clock:
         return self.budget is None or self.now() - self.begun + seconds <= self.budget
 
 
-def scan(row: Row, systems: Sequence[str], run: Run, clock: Clock, expected: float = 60.0) -> dict[str, list[Result]]:
-    """Every variant once, a few steps each. The system whose memory bounds ours goes first."""
+def scan(
+    row: Row, known: dict[str, list[Result]], run: Run, clock: Clock, expected: float = 60.0
+) -> dict[str, list[Result]]:
+    """Every variant once, a few steps each, unless it is among the trials that are `known` or there is no choice."""
     trials: dict[str, list[Result]] = {}
-    for system in sorted(systems, key=lambda name: name != row.within):
+    for system, tried in known.items():
+        specs = row.candidates(system, SCAN_STEPS)
         trials[system] = []
-        for spec in row.candidates(system, SCAN_STEPS):
-            if not clock.fits(expected):
-                trials[system].append({"failed": "no time left", "variant": spec.variant})
-                continue
-            made = run(spec)
+        for spec in specs if len(specs) > 1 or system == row.within else []:
+            made = next((one for one in tried if one.get("variant") == spec.variant), None)
+            if made is None and not clock.fits(expected):
+                made = {"failed": NO_TIME, "variant": spec.variant}
+            elif made is None:
+                made = run(spec)
+                expected = max(20.0, made.get("process_seconds", expected))
             trials[system].append(made)
-            expected = max(20.0, made.get("process_seconds", expected))
     return trials
 
 
-def choose(trials: Sequence[Result], most_gib: float | None = None) -> Result | None:
-    """The fastest that worked, among those whose peak is at most `most_gib`; where none is, the smallest."""
+def choose(trials: Sequence[Result], bound: Result | None = None) -> Result | None:
+    """The fastest that worked, among those that take no more memory than `bound`; where none does, the smallest."""
     good = [made for made in trials if worked(made)]
-    fitting = [made for made in good if most_gib is None or made["peak_gib"] <= most_gib]
+    fitting = [made for made in good if bound is None or all(made[name] <= bound[name] for name in MEMORY)]
     if fitting:
         return max(fitting, key=lambda made: made["tokens_per_second"])
     return min(good, key=lambda made: made["peak_gib"], default=None)
@@ -65,10 +71,12 @@ def chosen(row: Row, trials: dict[str, list[Result]]) -> dict[str, Spec]:
     bound = choose(trials.get(row.within or "", []))
     picked = {}
     for system, tried in trials.items():
-        best = choose(tried, bound["peak_gib"] if bound and is_ours(system) else None)
+        specs = row.candidates(system, SCAN_STEPS)
+        best = choose(tried, bound if is_ours(system) else None)
         if best is not None:
-            specs = {str(spec.variant): spec for spec in row.candidates(system, SCAN_STEPS)}
-            picked[system] = specs[str(best["variant"])]
+            picked[system] = next(spec for spec in specs if spec.variant == best["variant"])
+        elif len(specs) == 1:
+            picked[system] = specs[0]
     return picked
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
 from benchmarks.gpu_meter import WARM_UP
-from benchmarks.gpu_process import Result, worked
+from benchmarks.gpu_process import Result
 from benchmarks.gpu_rows import LONGEST, ROWS, SYSTEMS, Row, parse_rows, parse_systems
 from benchmarks.gpu_spec import Spec
 from benchmarks.gpu_sweep import Clock, Run, Runs
@@ -69,12 +69,11 @@ def measure(
     systems = [system for system in row.systems if options.systems is None or system in options.systems]
     for shape in {row.shape for system in systems if "unsloth" in system}:
         _checkpoint(shape)
-    known = known_trials(held, name, systems, row) if options.reuse else {}
-    wanted = [system for system in systems if system not in known]
-    trials = known | gpu_sweep.scan(row, wanted, run, clock)
+    known = {system: known_trials(held, name, system) if options.reuse else [] for system in systems}
+    trials = gpu_sweep.scan(row, known, run, clock)
     ceiling = held.get("ceiling")
     ceiling = ceiling if ceiling and "bf16_tflops" in ceiling else None
-    picked = gpu_sweep.chosen(row, {system: trials[system] for system in systems})
+    picked = gpu_sweep.chosen(row, trials)
     merge(held, name, {s: _scanned(trials[s], row, s) for s in systems if s not in picked}, {})
     merge(held, name, {s: gpu_sweep.entry(spec, trials[s], [], None) for s, spec in picked.items()}, {})
     save()
@@ -104,15 +103,10 @@ def _scanned(trials: list[Result], row: Row, system: str) -> dict[str, Any]:
     return {"trials": trials, "spec": row.candidates(system, 0)[0].__dict__}
 
 
-def known_trials(held: File, name: str, systems: list[str], row: Row) -> dict[str, list[Result]]:
-    """Trials that the file holds already, of systems where all of today's variants were tried and one worked."""
-    found = {}
-    for system in systems:
-        tried = held.get("rows", {}).get(name, {}).get("systems", {}).get(system, {}).get("trials", [])
-        variants = [made.get("variant") for made in tried if made.get("failed") != "no time left"]
-        if any(map(worked, tried)) and all(spec.variant in variants for spec in row.candidates(system, 0)):
-            found[system] = tried
-    return found
+def known_trials(held: File, name: str, system: str) -> list[Result]:
+    """What the file holds of a system's variants, those aside for which there was no time."""
+    tried = held.get("rows", {}).get(name, {}).get("systems", {}).get(system, {}).get("trials", [])
+    return [made for made in tried if made.get("failed") != gpu_sweep.NO_TIME]
 
 
 def merge(held: File, name: str, entries: dict[str, dict[str, Any]], ratios: dict[str, Any]) -> None:
@@ -171,7 +165,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds; 0 only scans")
     parser.add_argument("--steps", type=int, default=20, help=f"optimiser steps of a measured run; {WARM_UP} warm up")
     parser.add_argument("--seconds", type=float, help="begin nothing that would end later than this")
-    parser.add_argument("--reuse", action="store_true", help="no scan where the file holds one of the same variants")
+    parser.add_argument("--reuse", action="store_true", help="try no variant again that the file holds")
     parser.add_argument("--keep-ceiling", action="store_true", help="no new ceiling where the file holds this GPU's")
     parser.add_argument("--caps", type=_caps, help="limits in GiB for the longest sequences")
     parser.add_argument("--output", type=Path, default=record.RESULTS / f"{NAME}.json", help="file to merge into")

@@ -18,8 +18,10 @@ STORAGES = {"nf4": "nf4-dq", "fp8": "fp8"}  # as bitsandbytes has it in QLoRA, w
 
 def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
     """Trains spec.steps steps; returns the optimiser's moments."""
+    from veneer.train.allocator import growing_segments
     from veneer.train.loop import loop
 
+    growing_segments()
     model = built(spec, device)
     job = job_of(spec, model)
     job.update = marked(job.update, meter)

@@ -9,21 +9,24 @@ import pytest
 
 from benchmarks.gpu_rows import Row
 from benchmarks.gpu_spec import Spec
-from benchmarks.gpu_sweep import SCAN_STEPS, Clock, choose, chosen, entry, ratios, rounds, scan
+from benchmarks.gpu_sweep import NO_TIME, SCAN_STEPS, Clock, choose, chosen, entry, ratios, rounds, scan
 
 ROW = Row(
     "8b",
     {
         "ours-nf4": ((4, "none", True), (4, "layers", True), (1, "layers", True)),
         "qlora-unsloth": ((4, "unsloth", False),),
+        "qlora-peft": ((2, "layers", False),),
     },
     within="qlora-unsloth",
 )
-OOM = {"oom": "CUDA out of memory", "peak_gib": 79.0}
+UNTRIED: dict[str, list[dict[str, Any]]] = {system: [] for system in ROW.systems}
+OOM = {"oom": "CUDA out of memory", "peak_gib": 79.0, "process_seconds": 30.0}
 
 
 def made(speed: float, peak: float, **more: Any) -> dict[str, Any]:
-    return {"tokens_per_second": speed, "peak_gib": peak, "losses": [12.0, 11.0], "process_seconds": 30.0, **more}
+    memory = {"peak_gib": peak, "driver_gib": peak + 1}
+    return {"tokens_per_second": speed, **memory, "losses": [12.0, 11.0], "process_seconds": 30.0, **more}
 
 
 def fake(table: dict[tuple[str, str, int], dict[str, Any]], seen: list[Spec]) -> Callable[[Spec], dict[str, Any]]:
@@ -45,32 +48,39 @@ TABLE = {
 def test_the_fastest_that_fits_wins_and_where_none_fits_the_smallest() -> None:
     tried = [made(12000, 9.5), made(11000, 7.0), OOM, {"failed": "exit code 1"}]
     assert choose(tried) == tried[0]
-    assert choose(tried, most_gib=8.0) == tried[1]
-    assert choose(tried, most_gib=1.0) == tried[1]
+    assert choose(tried, made(1, 8.0)) == tried[1]
+    assert choose(tried, made(1, 1.0)) == tried[1]
+    assert choose(tried, made(1, 10.0) | {"driver_gib": 8.5}) == tried[1]  # less for tensors, more in all
     assert choose([OOM]) is None
 
 
 def test_a_scan_tries_every_variant_and_the_bound_comes_from_the_peer() -> None:
     seen: list[Spec] = []
-    trials = scan(ROW, list(ROW.systems), fake(TABLE, seen), Clock(None))
-    assert [spec.system for spec in seen] == ["qlora-unsloth", "ours-nf4", "ours-nf4", "ours-nf4"]
+    trials = scan(ROW, UNTRIED, fake(TABLE, seen), Clock(None))
+    assert [spec.system for spec in seen] == ["ours-nf4", "ours-nf4", "ours-nf4", "qlora-unsloth"]
     assert all(spec.steps == SCAN_STEPS for spec in seen)
     assert chosen(ROW, trials)["ours-nf4"].variant == {"batch": 4, "passes": 1, "recompute": "layers", "compile": True}
+    assert chosen(ROW, trials)["qlora-peft"] == ROW.candidates("qlora-peft", SCAN_STEPS)[0]  # no choice, no trial
     trials["qlora-unsloth"][0]["peak_gib"] = 8.0
     assert chosen(ROW, trials)["ours-nf4"].batch == 1
+    again = scan(ROW, trials | {"ours-nf4": trials["ours-nf4"][1:]}, fake(TABLE, seen), Clock(None))
+    assert again == trials and [spec.recompute for spec in seen[4:]] == ["none"]
 
 
 def test_a_system_of_which_nothing_worked_is_left_out() -> None:
-    trials = {"ours-nf4": [OOM], "qlora-unsloth": [made(1, 1, variant=ROW.candidates("qlora-unsloth", 3)[0].variant)]}
+    spec = ROW.candidates("qlora-unsloth", 3)[0]
+    trials = {"ours-nf4": [OOM], "qlora-unsloth": [made(1, 1, variant=spec.variant)]}
     assert list(chosen(ROW, trials)) == ["qlora-unsloth"]
 
 
 def test_no_run_is_begun_that_would_outlast_the_budget() -> None:
-    now = iter([0.0, 0.0, 50.0, 80.0, 95.0])  # at the start, then before each run
+    now = iter([0.0, 0.0, 50.0, 80.0, 95.0, 96.0])  # at the start, then before each run
     seen: list[Spec] = []
-    trials = scan(ROW, list(ROW.systems), fake(TABLE, seen), Clock(100.0, lambda: next(now)), expected=60.0)
+    clock = Clock(100.0, lambda: next(now))
+    trials = scan(ROW, UNTRIED, fake(TABLE, seen), clock, expected=60.0)
     assert len(seen) == 2  # the third would begin at 80 s and take 30
-    assert [t.get("failed") for t in trials["ours-nf4"]] == [None, "no time left", "no time left"]
+    assert [t.get("failed") for t in trials["ours-nf4"]] == [None, None, NO_TIME]
+    assert trials["qlora-unsloth"][0]["failed"] == NO_TIME
 
 
 def test_rounds_rotate_and_run_the_asked_number_of_steps() -> None:

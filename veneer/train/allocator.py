@@ -1,12 +1,16 @@
-"""The C allocator's settings for training on the CPU."""
+"""Settings of the allocators: the C library's for training on the CPU, torch's on CUDA."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _LARGE = 2**30
+_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def keep_freed_memory() -> bool:
@@ -21,3 +25,16 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "mallopt"):
         return False
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGE) and libc.mallopt(_M_TRIM_THRESHOLD, _LARGE))
+
+
+def growing_segments() -> bool:
+    """Lets CUDA memory grow in place, so that freed blocks serve tensors of other sizes; False where it is not done.
+
+    With segments of fixed sizes a run whose tensors just fit is out of memory with a tenth of it free in pieces.
+    What the user's environment asks for stands.
+    """
+    if not torch.cuda.is_available() or not sys.platform.startswith("linux") or any(map(os.environ.get, _VARIABLES)):
+        return False
+    settle = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # from torch 2.9
+    (settle or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+    return True

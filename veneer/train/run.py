@@ -23,7 +23,7 @@ from veneer.model.layers import as_they_were
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
 from veneer.model.quantised import Way, check_way
 from veneer.train import checkpoint
-from veneer.train.allocator import keep_freed_memory
+from veneer.train.allocator import growing_segments, keep_freed_memory
 from veneer.train.fit import fit
 from veneer.train.job import Job, total_steps
 from veneer.train.loop import loop
@@ -95,6 +95,7 @@ def train(
 
 def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | None, ranks: Ranks) -> TrainResult:
     keep_freed_memory()
+    growing_segments()
     _check_machine(config)
     check_shardable(config.train.fsdp, ranks)
     say = Console(stderr=True, highlight=False, quiet=not progress).print
