@@ -34,6 +34,7 @@ class Meter:
         self.facts: dict[str, Any] = {}
         self.begun = 0.0
         self.start: Any = None
+        self.first_step_peak = 0  # bytes; the optimiser's moments come only after it
 
     def ready(self, trained: Sequence[Tensor], **facts: Any) -> None:
         """The model stands, adapters and optimiser too; the first step comes next."""
@@ -63,6 +64,9 @@ class Meter:
             settle()
             self.facts["first_step_seconds"] = time.perf_counter() - self.begun
             self.facts["start_to_first_step_seconds"] = time.time() - self.started
+            self.first_step_peak = _peak()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
 
     def result(self, tokens_per_step: int, moments: Sequence[Tensor] = ()) -> dict[str, Any]:
         """All figures of the run; of one no longer than the warm-up, its last step is what is timed."""
@@ -84,11 +88,18 @@ class Meter:
     def memory(self) -> dict[str, float]:
         """Peaks in GiB since `ready`: of the allocator's tensors, of what it holds, and of the driver's own count."""
         return {
-            "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "peak_gib": max(self.first_step_peak, _peak()) / GIB,
+            "first_step_peak_gib": (self.first_step_peak or _peak()) / GIB,
+            "later_peak_gib": _peak() / GIB,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
             "driver_gib": self.driver.peak() / GIB,
             "host_gib": _host_peak_kib() / 2**20,
         }
+
+
+def _peak() -> int:
+    """Bytes of tensors, at most, since this was last reset."""
+    return torch.cuda.max_memory_allocated()
 
 
 def _mark() -> Any:

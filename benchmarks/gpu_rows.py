@@ -135,11 +135,11 @@ class Longest:
 
     @property
     def spec(self) -> Spec:
-        return Spec("ours-nf4", self.shape, "nf4", rank=32, recompute="offload", compile=False)
+        return Spec("ours-nf4", self.shape, "nf4", rank=32, recompute="offload", compile=False, optim="adamw_8bit")
 
 
 LONGEST: dict[str, Longest] = {
-    "8b-longest": Longest("8b", (8.0, 16.0, 24.0), steps=2),
+    "8b-longest": Longest("8b", (8.0, 16.0, 24.0), steps=3),
     # One step, and no longer than it takes four minutes.
     "70b-longest": Longest("70b", (CARD,), steps=1, most=98304),
 }

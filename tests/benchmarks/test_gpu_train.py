@@ -143,18 +143,22 @@ def test_a_length_is_predicted_from_a_few_layers_and_confirmed() -> None:
 
     def run(spec: Spec) -> dict[str, Any]:
         seen.append(spec)
-        made = {"peak_gib": 3.0 + 0.5 * sizes(spec.shape)["num_hidden_layers"] + spec.sequence * 2**-12}
-        return made | {"tokens_per_second": 1.0}
+        layers = sizes(spec.shape)["num_hidden_layers"]
+        first, later = 5.0 + 0.4 * layers, 3.0 + 0.5 * layers  # at few layers the first step takes more
+        told = {"first_step_peak_gib": first + spec.sequence * 2**-12, "later_peak_gib": later + spec.sequence * 2**-12}
+        return told | {"tokens_per_second": 1.0}
 
     spec = Spec("ours-nf4", "70b", "nf4")
     found = longest(spec, [78.0, 60.0], run, steps=1, most=100_000)
     assert [sizes(each.shape)["num_hidden_layers"] for each in seen] == [2, 2, 4, 80, 80]
-    assert (found["fixed_gib"], found["layer_gib"], found["token_kib"]) == pytest.approx((3.0, 0.5, 256.0))
+    lines = found["lines"]
+    assert lines["first_step_peak_gib"] == pytest.approx({"fixed_gib": 5.0, "layer_gib": 0.4, "token_kib": 256.0})
+    assert lines["later_peak_gib"] == pytest.approx({"fixed_gib": 3.0, "layer_gib": 0.5, "token_kib": 256.0})
     assert [(made["predicted"], made["sequence"]) for made in found["limits"].values()] == [
-        ((78 - 43) * 2**12, 99_840),
-        ((60 - 43) * 2**12, (60 - 43) * 2**12),
+        ((77 - 43) * 2**12, 99_840),
+        ((59 - 43) * 2**12, (59 - 43) * 2**12),
     ]
-    assert [spec.cap_gib for spec in seen[3:]] == [78.0, 60.0] and seen[3].steps == 1
+    assert [spec.cap_gib for spec in seen[3:]] == [77.0, 59.0] and seen[3].steps == 1
     assert "limits" not in longest(spec, [78.0], lambda _: {"oom": "CUDA out of memory"}, steps=1, most=1)
 
 
