@@ -110,6 +110,15 @@ ROWS: dict[str, Row] = {
         cap_gib=44.5,
         optim="adamw_8bit",
     ),
+    # The same, its gradients freed during backward.
+    "65b-least": Row(
+        "65b",
+        {"ours-nf4": ((1, "in-backward", True),)},
+        rank=64,
+        sequence=512,
+        cap_gib=44.5,
+        optim="adamw_8bit",
+    ),
     # Full fine-tuning beside LoRA and QLoRA.
     "full": Row(
         "1b",

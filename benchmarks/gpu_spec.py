@@ -81,7 +81,7 @@ class Spec:
     sequence: int = 4096
     batch: int = 1  # rows of a step
     passes: int = 1  # that a step's rows are computed in, one after another
-    recompute: str = "none"  # none, layers (all), or the system's own: offload, a number of layers, unsloth
+    recompute: str = "none"  # none, layers (all), or the system's own: offload, in-backward, a number, unsloth
     compile: bool = False
     steps: int = 8
     cap_gib: float | None = None  # limit of the caching allocator; the CUDA context comes on top

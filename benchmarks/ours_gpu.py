@@ -13,17 +13,21 @@ from benchmarks.gpu_spec import Spec
 
 SLOT = "default"
 LEARNING_RATE = 1e-4
+IN_BACKWARD = "in-backward"  # all layers recomputed, and each updated as its backward ends
 STORAGES = {"nf4": "nf4-dq", "fp8": "fp8"}  # as bitsandbytes has it in QLoRA, with double quantisation
 
 
 def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
     """Trains spec.steps steps; returns the optimiser's moments."""
+    from veneer.model.layers import arrange
     from veneer.train.allocator import growing_segments
     from veneer.train.loop import loop
 
     growing_segments()
     model = built(spec, device)
     job = job_of(spec, model)
+    if job.parted is not None:
+        arrange(model, spec.compile, recompute=-1, ended=job.layer_ended)
     job.update = marked(job.update, meter)
     meter.ready([job.flat.values_P])
     loop(
@@ -31,7 +35,7 @@ def train(spec: Spec, meter: Meter, device: str = "cuda") -> Sequence[Tensor]:
         [job],
         record=lambda _, facts: meter.losses.append(facts["loss"]),
         save=lambda _: None,
-        graphs=spec.compile and spec.recompute != "offload",
+        graphs=spec.compile and spec.recompute not in ("offload", IN_BACKWARD),
     )
     return moments_of(job)
 
@@ -70,6 +74,7 @@ def job_of(spec: Spec, model: nn.Module) -> Any:
     from veneer.config import TrainSettings
     from veneer.train.job import Job
 
+    in_backward = spec.recompute == IN_BACKWARD
     settings = TrainSettings(
         max_steps=spec.steps,
         per_device_train_batch_size=spec.batch // spec.passes,
@@ -80,6 +85,8 @@ def job_of(spec: Spec, model: nn.Module) -> Any:
         save_steps=spec.steps + 1,
         load_best_model_at_end=False,
         optim=spec.optim,
+        optimizer_in_bwd=in_backward,
+        max_grad_norm=0.0 if in_backward else 1.0,
     )
     return Job(SLOT, settings, examples(spec, settings.seed), (), LEARNING_RATE, methods_of(model, SLOT))
 
@@ -116,5 +123,7 @@ def _store(model: nn.Module, path: str, storage: str) -> None:
 
 
 def recomputed_layers(recompute: str) -> int:
-    """none, layers or offload (all: -1), or how many of them."""
-    return {"none": 0, "layers": -1, "offload": -1}[recompute] if not recompute.isdigit() else int(recompute)
+    """none, all of them (-1), or how many."""
+    return (
+        int(recompute) if recompute.isdigit() else {"none": 0, "layers": -1, "offload": -1, IN_BACKWARD: -1}[recompute]
+    )

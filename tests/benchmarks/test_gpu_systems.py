@@ -75,6 +75,12 @@ def test_ours_and_peft_do_the_same_work(passes: int) -> None:
     assert ours.losses == pytest.approx(peft.losses, abs=5e-3)  # bf16; A starts from other random numbers
 
 
+def test_updating_in_backward_is_the_same_work() -> None:
+    one, other = (trained(ours_gpu, SPEC.but(recompute=how)) for how in ("layers", "in-backward"))
+    assert one.trained == other.trained and other.marks == SPEC.steps
+    assert one.losses == pytest.approx(other.losses, abs=1e-3)  # the other is not clipped
+
+
 def test_full_fine_tuning_trains_every_weight() -> None:
     from benchmarks import peers_gpu
 

@@ -144,6 +144,16 @@ def test_a_finished_run_resumed_is_left_as_it_is(config: Config) -> None:
     assert (after.steps, after.best_step, after.final_loss) == (before.steps, before.best_step, before.final_loss)
 
 
+def test_a_run_updated_in_backward_is_resumed_to_the_same_bytes(config: Config, stopping: Any, tmp_path: Path) -> None:
+    whole, cut = (
+        config(output_dir=str(tmp_path / name), optimizer_in_bwd=True, max_grad_norm=0) for name in ("whole", "cut")
+    )
+    _train(whole)
+    stopping(cut, 7)
+    _train(cut, resume=True)
+    assert _bytes(cut) == _bytes(whole)
+
+
 def test_early_stopping_is_resumed_to_the_same_bytes(config: Config, tmp_path: Path, stopping: Any) -> None:
     other = tmp_path / "other.jsonl"  # training on digits makes these rows less likely
     other.write_text('{"prompt": "Write 12", "completion": "@#!?&"}\n' * 3)

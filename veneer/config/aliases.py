@@ -44,6 +44,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "save_total_limit": ("max_checkpoints",),
     "early_stopping_patience": ("patience",),
     "gradient_checkpointing": ("grad_checkpoint", "use_gradient_checkpointing", "activation_checkpointing"),
+    "optimizer_in_bwd": ("optimizer_in_backward",),
     "torch_compile": ("compile",),
     "fsdp": ("use_fsdp",),
     "adapter": ("adapters", "adapter_path", "adapter_name_or_path", "lora_path"),

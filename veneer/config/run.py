@@ -112,8 +112,30 @@ class TrainSettings(Settings):
         description="compute activations twice: less memory, slower; auto: on a GPU in as few layers as memory allows; "
         "offload: keep what is left of them on the host",
     )
+    optimizer_in_bwd: bool = Field(
+        default=False,
+        description="update each layer as its backward ends, and free its gradients: less memory, no clipping",
+    )
     torch_compile: bool | None = Field(default=None, description="compile the layers; default: on a GPU")
     fsdp: bool = Field(default=False, description="with torchrun: each process holds a share of the base, not all")
+
+    @model_validator(mode="after")
+    def _what_needs_all_gradients(self) -> TrainSettings:
+        if not self.optimizer_in_bwd:
+            return self
+        others = []
+        if self.max_grad_norm > 0:
+            others.append("`max_grad_norm` (give 0)")
+        if self.gradient_accumulation_steps > 1:
+            others.append("`gradient_accumulation_steps` (give 1)")
+        if self.gradient_checkpointing is False:
+            others.append("`gradient_checkpointing` false (leave it out)")
+        if self.fsdp:
+            others.append("`fsdp`")
+        if others:
+            reason = {"names": " and ".join(others)}
+            raise PydanticCustomError("in_backward", "`optimizer_in_bwd` does not go with {names}", reason)
+        return self
 
 
 class RunConfig(StorageSettings):

@@ -6,8 +6,8 @@ through torch.compile or not, keeping its activations or not. An ordinary `model
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ def arrange(
     offload: bool = False,
     decoded: bool = False,
     backend: str = "inductor",
+    ended: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Compiles the layers or not, and computes the first `recompute` of them twice (-1: all); replaces what was set.
 
     Recomputed layers keep only their input for backward, with `offload` on the host. The first ones, because theirs is
     kept longest. decoded: they decode quantised weights once for the second run and its backward, which takes the
-    memory of one layer's. backend: torch.compile's.
+    memory of one layer's. backend: torch.compile's. ended: called with each recomputed layer, once its backward has
+    ended and its parameters have their gradients.
     """
     as_they_were(model)
     wiring, function = wiring_of(model), torch.compile(_own_forward, backend=backend) if compiled else None
@@ -47,7 +49,7 @@ def arrange(
     layers = decoder_layers(model)
     count = len(layers) if recompute < 0 else recompute
     shelf = Shelf(next(model.parameters()).device) if offload else None
-    how = Arrangement(wiring, function, shelf, Trials(wiring), decoded)
+    how = Arrangement(wiring, function, shelf, Trials(wiring), decoded, ended)
     for number, layer in enumerate(layers):
         layer.__dict__["forward"] = Run(layer, how, number if number < count else None)
         if number < count and (mlp := tiled_mlp(layer)) is not None:
@@ -71,6 +73,7 @@ class Arrangement:
     shelf: Shelf | None  # where inputs of recomputed layers are kept; None: on the device
     trials: Trials
     decoded: bool  # quantised weights once for the second run and its backward
+    ended: Callable[[nn.Module], None] | None
 
 
 class Run:
@@ -100,8 +103,12 @@ class Run:
             with wiring.leaving_out(unread):
                 return run(x)
 
-        def around() -> AbstractContextManager[None]:
-            return decoded_once(self.layer) if how.decoded else nullcontext()
+        @contextmanager
+        def around() -> Iterator[None]:
+            with decoded_once(self.layer) if how.decoded else nullcontext():
+                yield
+            if how.ended is not None:
+                how.ended(self.layer)
 
         return recomputed(hidden, run, again, around, how.shelf, self.number)
 

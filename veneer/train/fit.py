@@ -43,16 +43,20 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
     on_gpu, layers = job.flat.values_P.is_cuda, len(decoder_layers(model))
     compiled, notes = _compiled(settings, on_gpu)
     wanted = settings.gradient_checkpointing
+    if settings.optimizer_in_bwd:  # as each recomputed layer ends
+        wanted = wanted if wanted == "offload" else True
     if wanted == "auto" and (not on_gpu or settings.fsdp):
         wanted = on_gpu  # a base that is shared out for its size leaves little to measure
     # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded; attention in float32
     # is computed by the lengths of each stream.
     recordable = compiled and not settings.fsdp and wanted != "offload" and model.dtype in HALF
+    recordable = recordable and not settings.optimizer_in_bwd  # each of its steps has another learning rate
     measure = wanted == "auto" and layers > MORE and not job.done
     if measure:
         arrange(model, compiled, layers - FEWER, decoded=_decodes_once(model))
     else:
-        arrange(model, compiled, -1 if wanted and wanted != "auto" else 0, offload=wanted == "offload" and on_gpu)
+        recompute = -1 if wanted and wanted != "auto" else 0
+        arrange(model, compiled, recompute, offload=wanted == "offload" and on_gpu, ended=job.layer_ended)
     if not on_gpu or settings.fsdp or job.done or not (measure or recordable):
         return Fitted(False, notes)
     with memory_explained(model, [job], ranks):
@@ -100,7 +104,7 @@ class Measured:
         try:
             computed(self.model, self.ready)
         finally:
-            self.job.flat.grads_P.zero_()
+            self.job.flat.clear()
         return float(torch.cuda.max_memory_allocated())
 
     def fits_twice(self) -> bool:

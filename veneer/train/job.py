@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.config import TrainSettings
 from veneer.data.batches import Batches
@@ -16,14 +16,8 @@ from veneer.data.chat import Example
 from veneer.errors import CheckpointError, NonFiniteLossError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
-from veneer.train.optim import (
-    FlatParameters,
-    by_family,
-    optimizer_state,
-    restore_optimizer,
-    start_optimizer,
-    step_where,
-)
+from veneer.train.optim import FlatParameters, by_family, optimizer_state, restore_optimizer, start_optimizer
+from veneer.train.parts import PartedParameters, by_layer
 from veneer.train.schedule import factor
 
 # What a checkpoint keeps of a job beside its tensors.
@@ -68,7 +62,8 @@ class Job:
     def __post_init__(self) -> None:
         self.total = total_steps(self.settings, len(self.train))
         self.batches = _batches(self.settings, len(self.train))
-        self.flat = FlatParameters(by_family(self.methods))
+        self.parted = PartedParameters(by_layer(self.methods)) if self.settings.optimizer_in_bwd else None
+        self.flat = self.parted or FlatParameters(by_family(self.methods))
         self.optimizer = start_optimizer(self.flat, self.settings)
         # Whether all losses and gradients so far were; a tensor, so that the device can ask.
         self.finite = torch.tensor(True, device=self.flat.values_P.device)
@@ -106,32 +101,45 @@ class Job:
         count = self.settings.gradient_accumulation_steps
         return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro, later))
 
+    @property
+    def rate(self) -> float:
+        """The coming step's learning rate."""
+        return self.learning_rate * factor(self.settings, self.step, self.total)
+
+    def begin(self) -> None:
+        """Before the coming step's forward pass."""
+        self.optimizer.param_groups[0]["lr"] = self.rate
+
+    def layer_ended(self, layer: nn.Module) -> None:
+        """Updates what is trained in `layer`, whose backward has ended, where the settings ask for that."""
+        if self.parted is not None:
+            self.finite = self.parted.step_layer(layer, self.optimizer, self.finite)
+
     def update(self, loss: Tensor) -> tuple[float, Tensor]:
         """Clips, steps and clears; returns the rate and the gradient's norm, a scalar tensor. Nothing is waited for.
 
         loss: a scalar tensor on the adapter's device. Where it or the gradient is not finite the adapter stays as it
         is, then and in every later step; `step` counts on until `fail` sets it back.
         """
-        rate = self.learning_rate * factor(self.settings, self.step, self.total)
-        self.optimizer.param_groups[0]["lr"] = rate
-        norm = self.flat.clip(self.settings.max_grad_norm)
-        self.finite = self.finite & torch.isfinite(norm) & torch.isfinite(loss)
-        step_where(self.optimizer, self.finite)
+        self.begin()
+        rate, finite = self.rate, self.finite & torch.isfinite(loss)
+        norm, self.finite = self.flat.step(self.optimizer, finite, self.settings.max_grad_norm)
         self.step += 1
-        self.flat.grads_P.zero_()
+        self.flat.clear()
         return rate, norm
 
     def fail(self, step: int, loss: float, norm: float, rate: float) -> None:
         """Stops at step `step` (from 1), whose loss or gradient was not finite: `update` has left the adapter as it was
-        then and since."""
+        then and since; layers updated before the fault showed aside."""
         self.step = step - 1
         micros = range(self.settings.gradient_accumulation_steps)
         rows = sorted({example.row + 1 for micro in micros for example in self.rows(micro)})[:8]
+        updated = "updated in part" if self.parted else "not updated"
         self.failure = NonFiniteLossError(
             f"{self.slot}: step {step} of {self.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
-            f"rate {rate:.3g} (last finite loss {self.last_loss:.4g}; rows {rows} of the data). The adapter was not "
-            f"updated. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last checkpoint "
-            "stands."
+            f"rate {rate:.3g} (last finite loss {self.last_loss:.4g}; rows {rows} of the data). The adapter was "
+            f"{updated}. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last "
+            "checkpoint stands."
         )
 
     def note_validation(self, loss: float) -> None:

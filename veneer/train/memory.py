@@ -14,6 +14,7 @@ from veneer.train.job import Job
 from veneer.train.ranks import Ranks
 
 # How torch says it where it has no type of its own for it: the CPU's allocator, cuBLAS.
+MANY = 2**28  # bytes of gradients that are worth an option
 SIGNS = ("not enough memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -79,6 +80,11 @@ def _lower(job: Job, named: bool) -> list[str]:
         steps.append("--gradient-checkpointing: activations are computed twice instead of kept, a third slower")
     elif asked != "offload" and torch.cuda.is_available():
         steps.append("--gradient-checkpointing offload: what is kept of them lies on the host")
+    if 4 * len(job.flat) >= MANY and job.parted is None:
+        steps.append(
+            "--optimizer-in-bwd --max-grad-norm 0 --gradient-accumulation-steps 1: gradients, now "
+            f"{4 * len(job.flat) / 2**30:.1f} GiB, are freed during backward"
+        )
     longest = max(len(example.input_ids) for example in job.train)
     steps.append(f"--max-length {max(1, longest // 2)}: the longest row now has {longest:,} tokens")
     return [f"{job.slot}: {step}" for step in steps] if named else steps

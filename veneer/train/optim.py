@@ -24,22 +24,29 @@ from veneer.model.siblings import family
 class FlatParameters:
     """The parameters given become views of `values_P`, their gradients views of `grads_P`."""
 
+    grads_P: Tensor
+
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        first = parameters[0]
         total = sum(parameter.numel() for parameter in parameters)
-        self.values_P = nn.Parameter(torch.empty(total, dtype=torch.float32, device=first.device))
-        self.grads_P = torch.zeros(total, dtype=torch.float32, device=first.device)
+        self.values_P = nn.Parameter(torch.empty(total, dtype=torch.float32, device=parameters[0].device))
+        for parameter, piece in zip(parameters, _split(self.values_P.data, parameters), strict=True):
+            parameter.data = piece.copy_(parameter.data)
+        self.hold_gradients(parameters)
+
+    def hold_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes the gradients, zero."""
+        self.grads_P = torch.zeros_like(self.values_P.data)
         self.values_P.grad = self.grads_P
-        start = 0
-        for parameter in parameters:
-            stop = start + parameter.numel()
-            self.values_P.data[start:stop].copy_(parameter.data.reshape(-1))
-            parameter.data = self.values_P.data[start:stop].view_as(parameter)
-            parameter.grad = self.grads_P[start:stop].view_as(parameter)
-            start = stop
+        for parameter, piece in zip(parameters, _split(self.grads_P, parameters), strict=True):
+            parameter.grad = piece
 
     def __len__(self) -> int:
         return self.values_P.numel()
+
+    @property
+    def optimised(self) -> list[nn.Parameter]:
+        """What an optimiser is to be over."""
+        return [self.values_P]
 
     def clip(self, max_norm: float) -> Tensor:
         """The gradient's norm before clipping, a scalar tensor; 0 never clips."""
@@ -47,6 +54,22 @@ class FlatParameters:
         if max_norm > 0:
             self.grads_P.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def step(self, optimizer: Optimizer, finite: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Clips, and updates where `finite` and the gradient are; returns its norm, and whether both are."""
+        norm = self.clip(max_norm)
+        finite = finite & torch.isfinite(norm)
+        step_where(optimizer, finite)
+        return norm, finite
+
+    def clear(self) -> None:
+        """Lets the next gradients begin at zero."""
+        self.grads_P.zero_()
+
+
+def _split(flat_P: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    pieces = flat_P.split([parameter.numel() for parameter in parameters])
+    return [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
 
 
 def by_family(methods: Mapping[str, Method]) -> list[nn.Parameter]:
@@ -64,8 +87,8 @@ def by_family(methods: Mapping[str, Method]) -> list[nn.Parameter]:
 
 
 def adamw(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
-    """torch's fused AdamW (Loshchilov & Hutter, arXiv 1711.05101) over the flat tensor; the rate is set each step."""
-    return torch.optim.AdamW([flat.values_P], **_options(settings), fused=True)
+    """torch's fused AdamW (Loshchilov & Hutter, arXiv 1711.05101); the rate is set each step."""
+    return torch.optim.AdamW(flat.optimised, **_options(settings), fused=True)
 
 
 def adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
@@ -75,21 +98,21 @@ def adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     """
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    return AdamW8bit([flat.values_P], **_options(settings))
+    return AdamW8bit(flat.optimised, **_options(settings))
 
 
 def paged_adamw(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     """AdamW with moments in memory that CUDA moves to the host and back as it needs to."""
     from bitsandbytes.optim.adamw import PagedAdamW32bit
 
-    return PagedAdamW32bit([flat.values_P], **_options(settings))
+    return PagedAdamW32bit(flat.optimised, **_options(settings))
 
 
 def paged_adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     """Both: moments in 8 bits, in paged memory."""
     from bitsandbytes.optim.adamw import PagedAdamW8bit
 
-    return PagedAdamW8bit([flat.values_P], **_options(settings))
+    return PagedAdamW8bit(flat.optimised, **_options(settings))
 
 
 # name -> function; the names are the values of the option `optim`
@@ -130,10 +153,14 @@ def step_where(optimizer: Optimizer, finite: Tensor) -> None:
 
 
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What an optimiser over one flat tensor remembers: tensors, and plain numbers. Empty before its first step."""
-    state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in state.items() if name not in tensors}
+    """What an optimiser remembers: tensors, and plain numbers. Empty before its first step. Where it is over several
+    parameters, names begin with the parameter's number."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for mark, parameter in _marked(optimizer):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            (tensors if isinstance(value, Tensor) else numbers)[mark + name] = value
+    return tensors, numbers
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -141,16 +168,23 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers:
 
     A step of rate 0 makes the state, wherever its kind of optimiser keeps it (paged memory, say); then it is filled.
     """
-    group = optimizer.param_groups[0]
-    [parameter] = group["params"]
-    group["lr"] = 0.0
-    parameter.grad.zero_()
-    optimizer.step()
-    state = optimizer.state[parameter]
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            value.copy_(tensors[name])
-    state.update(numbers)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for mark, parameter in _marked(optimizer):
+        held = parameter.grad
+        parameter.grad = torch.zeros_like(parameter) if held is None else held.zero_()
+        optimizer.step()
+        parameter.grad = held  # of several parameters, those that have one are stepped
+        state = optimizer.state[parameter]
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.copy_(tensors[mark + name])
+            elif mark + name in numbers:
+                state[name] = numbers[mark + name]
+
+
+def _marked(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    parameters = optimizer.param_groups[0]["params"]
+    return [(f"{number}." if len(parameters) > 1 else "", each) for number, each in enumerate(parameters)]
 
 
 def _options(settings: TrainSettings) -> dict[str, Any]:

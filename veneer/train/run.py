@@ -98,6 +98,8 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     growing_segments()
     _check_machine(config)
     check_shardable(config.train.fsdp, ranks)
+    if config.train.optimizer_in_bwd and ranks.world > 1:
+        raise ConfigError("--optimizer-in-bwd updates before gradients could be summed over processes; leave it out")
     say = Console(stderr=True, highlight=False, quiet=not progress).print
     output, notes = Path(config.output_dir), []
     if output.exists() and not output.is_dir():

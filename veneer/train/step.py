@@ -31,10 +31,13 @@ class PendingStep(NamedTuple):
 
 def begin_step(feed: Feed, jobs: Sequence[Job]) -> PendingStep:
     """Begins one optimiser step of every job. Jobs with fewer micro-batches than others wait for them."""
+    for job in jobs:
+        job.begin()
     losses = feed.ranks.sum_(feed.computed(jobs))  # over the rows of all processes, for each job
     asked, norms = [], []
     for job, loss in zip(jobs, losses[:, 0], strict=True):
-        feed.ranks.sum_(job.flat.grads_P)
+        if job.parted is None:
+            feed.ranks.sum_(job.flat.grads_P)
         facts = {"split": "train", "step": job.step + 1, "targets": job.targets_of_step()}
         rate, norm = job.update(loss)
         asked.append((job, {**facts, "learning_rate": rate}))
