@@ -26,7 +26,8 @@ def sentences(settings: type[BaseModel], error: ValidationError, spell: Spell) -
             done.append(_missing(settings, name, spell))
         elif fault["type"] == "extra_forbidden":
             done.append(unknown(settings, name, spell))
-        elif not name:
+        elif not name or (name in settings.model_fields and isinstance(fault["input"], dict) and not where):
+            # Of several options together: the sentence names them.
             done.append(_spelt(fault["msg"], spell))
         else:
             wanted.setdefault((spell(name) + where, shown(fault["input"])), []).append(_want(fault["msg"]))
