@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
+from veneer.model import layers, traced
 from veneer.model.layers import arrange, as_they_were
 from veneer.model.load import prepare
 from veneer.train.passes import SEEN, Passes, computed
@@ -70,6 +71,24 @@ def test_every_way_computes_the_same(model, lengths, how):
     wanted = gradients(model, lambda: computed(model, given))
     arrange(model, **how)
     near(gradients(model, lambda: computed(model, given)), wanted)
+
+
+@pytest.mark.parametrize("recompute", [0, 2, -1])
+def test_a_gated_mlp_is_one_operation(model, monkeypatch, recompute):
+    as_they_were(model)
+    given = ready(model, UNEQUAL)
+    wanted = gradients(model, lambda: computed(model, given))
+    calls, own = [], traced.gate_and_up
+    monkeypatch.setattr(traced, "gate_and_up", lambda *given: (calls.append(1), own(*given))[1])
+    monkeypatch.setattr(layers, "is_fused", lambda device: True)
+    arrange(model, compiled=True, recompute=recompute)
+    for _ in range(2):
+        near(gradients(model, lambda: computed(model, given)), wanted)
+    assert calls
+    passes = Passes(model, graphs=True)
+    for _ in range(SEEN + 2):
+        near(gradients(model, lambda: passes(given)), wanted)
+    as_they_were(model)
 
 
 @pytest.mark.parametrize("lengths", [EQUAL, UNEQUAL])

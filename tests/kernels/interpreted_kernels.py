@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from veneer.kernels import thin_triton
+from veneer.kernels import swiglu_triton, thin_triton
 from veneer.kernels.dequantise import dequantise_4bit
 from veneer.kernels.fourbit import LEVELS, quantise_4bit
 from veneer.kernels.fourbit_triton import PAIRS_A_PROGRAM, dequantise_4bit_triton
@@ -118,3 +118,41 @@ def test_both_thin_products_are_those_of_float64(shape, monkeypatch):
     dz, db = thin_triton.thin_gradients(g, z, b, torch.float32)
     for got, wanted in ((dz, g.double() @ b.double()), (db, g.double().t() @ z.double())):
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-6 * (max(tokens, out) + 10))  # float32 sums
+
+
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (16, 8, 20)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (16, 32), (40, 70)])
+def test_swiglu_with_lora_around_it(shape, ranks, monkeypatch):
+    """In float32, against the reference in float64: g and u may lie apart in memory, and what is beside is not read."""
+    for name, value in {"ROWS": 16, "COLUMNS": 32, "PROGRAMS": 4}.items():  # several rectangles, short last ones
+        monkeypatch.setattr(swiglu_triton, name, value)
+    tokens, width = shape
+    both, z = torch.randn(tokens, 2 * width), torch.randn(tokens, ranks[0] + ranks[1])
+    g, u = both.split(width, 1)
+    zs, bs = z.split(ranks[:2], 1), [torch.randn(width, rank) for rank in ranks[:2]]
+    a, dz = torch.randn(ranks[2], width), torch.randn(tokens, ranks[2])
+    memory, dh = poisoned(tokens, width, dtype=torch.float32)
+    dh.normal_()
+    exact = [
+        [t.double() for t in each] if isinstance(each, (list, tuple)) else each.double()
+        for each in (g, u, zs, bs, a, dh, dz)
+    ]
+    wanted = swiglu_float64(*exact)
+    h, z_last = swiglu_triton.swiglu(g, u, zs, bs, a)
+    found = swiglu_triton.swiglu_backward(dh, g, u, zs, dz, bs, a)
+    assert found.outputs[0].data_ptr() == dh.data_ptr() and memory[-BEHIND:].isnan().all()
+    got = (h, z_last, *found.outputs, *found.dzs, *found.dbs, found.da, found.z)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max() + 1))
+
+
+def swiglu_float64(g, u, zs, bs, a, dh, dz):
+    """By autograd in float64."""
+    leaves = [g, u, *zs, *bs, a]
+    g, u, z_g, z_u, b_g, b_u, a = leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    gate, up = g + z_g @ b_g.t(), u + z_u @ b_u.t()
+    h = torch.nn.functional.silu(gate) * up
+    loss = (h * dh).sum() + (h @ a.t() * dz).sum()
+    dg, du, dz_g, dz_u, db_g, db_u, da = torch.autograd.grad(loss, leaves)
+    h, z = h.detach(), (h @ a.t()).detach()
+    return h, z, dg, du, dz_g, dz_u, db_g, db_u, da, z

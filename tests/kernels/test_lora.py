@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from veneer.bases.dense import Dense
-from veneer.kernels.lora import Piece, _Cast, lora_linear, lora_linears
+from veneer.kernels.lora import Cast, Piece, lora_linear, lora_linears
 from veneer.methods.lora import LoRA
 
 # Both sides are float64 sums of at most 40 terms of size 1, in different orders: 40 · 2⁻⁵³ is 5e-15.
@@ -103,7 +103,7 @@ def neighbours(forward):
         flat = [a for a, _ in factors] + [b for _, b in factors]
         parts = torch.cat([tensor.flatten() for tensor in flat]).split([tensor.numel() for tensor in flat])
         views = [part.view_as(old) for part, old in zip(parts, flat, strict=True)]
-        cast = _Cast(
+        cast = Cast(
             [v for pair in zip(views[: len(factors)], views[len(factors) :], strict=True) for v in pair], x.dtype
         )
         assert cast.block_RI is not None and torch.equal(cast.block_RI, torch.cat(cast.a))

@@ -91,7 +91,7 @@ def products(
     x_TI: Tensor, bases: Sequence[Products], pieces: Sequence[Piece], factors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs (T, O) of every layer, and z = s x A' of every run of pieces; nothing is recorded for autograd."""
-    cast, runs = _Cast(factors, x_TI.dtype), _runs(pieces)
+    cast, runs = Cast(factors, x_TI.dtype), _runs(pieces)
     zs = [cast.scaled(x_TI[run[0].start : run[0].stop] @ cast.stacked(run).t(), run) for run in runs]
     parts = [part for run, z in zip(runs, zs, strict=True) for part in zip(run, cast.split(z, run, 1), strict=True)]
     intos: list[Tensor | None] = [None] * len(bases)
@@ -129,7 +129,7 @@ def gradients(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Of the outputs' gradients: those of x and of every factor, where needed."""
-    cast = _Cast(factors, x_TI.dtype)
+    cast = Cast(factors, x_TI.dtype)
     grads, runs = _Gradients([factor.dtype for factor in factors], needed), _runs(pieces)
     dzs = [_through_b(run, gs_TO, z_TR, cast, grads) for run, z_TR in zip(runs, zs, strict=True)]
     for run, dz_TR in zip(runs, dzs, strict=True):
@@ -138,11 +138,11 @@ def gradients(
             da_RI = summed_product(dz_TR, x_TI[rows], factors[2 * run[0].pair].dtype)
             for piece, da in zip(run, cast.split(da_RI, run, 0), strict=True):
                 grads.add(2 * piece.pair, da)
-    return (_through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
+    return (through_x(gs_TO, x_TI, dzs, bases, runs, cast) if needed_x else None), grads.sums
 
 
 def _through_b(
-    run: Sequence[Piece], gs_TO: Sequence[Tensor | None], z_TR: Tensor, cast: _Cast, grads: _Gradients
+    run: Sequence[Piece], gs_TO: Sequence[Tensor | None], z_TR: Tensor, cast: Cast, grads: _Gradients
 ) -> Tensor:
     """The gradient of a run's x A' (T, R); those of its B are added to `grads`."""
     rows, parts = slice(run[0].start, run[0].stop), []
@@ -161,13 +161,13 @@ def _through_b(
     return cast.scaled(parts[0] if len(parts) == 1 else torch.cat(parts, 1), run)
 
 
-def _through_x(
+def through_x(
     gs_TO: Sequence[Tensor | None],
     x_TI: Tensor,
     dzs: Sequence[Tensor],
     bases: Sequence[Products],
     runs: Sequence[list[Piece]],
-    cast: _Cast,
+    cast: Cast,
 ) -> Tensor | None:
     """The gradient of x: of all layers and runs in one buffer."""
     first = 1 if runs and _thin_first(x_TI, runs[0], bases) else 0
@@ -213,7 +213,7 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return list(runs.values())
 
 
-class _Cast:
+class Cast:
     """The factors in the activations' dtype. Where they are neighbours in memory, every A before every B, one launch
     casts all, and every A is one matrix already."""
 

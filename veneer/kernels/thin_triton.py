@@ -26,7 +26,7 @@ def thin_gradients(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype)
     tokens, out = g_TO.shape
     rank = b_OR.shape[1]
     across, down = triton.cdiv(out, COLUMNS), triton.cdiv(tokens, ROWS)
-    steps = _coarse(triton.cdiv(down, max(1, (PROGRAMS or _multiprocessors(g_TO.device)) // across)))
+    steps = coarse(triton.cdiv(down, max(1, (PROGRAMS or multiprocessors(g_TO.device)) // across)))
     deep = triton.cdiv(down, steps)
     dz_parts = torch.empty(across, tokens, rank, dtype=torch.float32, device=g_TO.device)
     db_parts = torch.empty(deep, out, rank, dtype=torch.float32, device=g_TO.device)
@@ -40,15 +40,16 @@ def thin_gradients(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype)
     return dz_parts.sum(0).to(g_TO.dtype), db_parts.sum(0).to(dtype)
 
 
-def _coarse(count: int) -> int:
+def coarse(count: int) -> int:
     """The next power of two or three quarters of it: the kernel is compiled anew for every number of steps."""
     power = triton.next_power_of_2(count)
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
 
 
 @lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @triton.jit

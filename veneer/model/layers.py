@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from veneer.bases.kept import decoded_once
+from veneer.model.gated import is_fused, is_gated
 from veneer.model.packed import Wiring, wiring_of
 from veneer.model.recompute import Shelf, recomputed
-from veneer.model.tiled import own_forward, tile, tiled_mlp, untile
+from veneer.model.tiled import own_forward, plain_mlp, tile, untile
 from veneer.model.unread import Trials
 
 
@@ -46,21 +47,21 @@ def arrange(
     as_they_were(model)
     wiring, function = wiring_of(model), torch.compile(_own_forward, backend=backend) if compiled else None
     mlp_function = torch.compile(own_forward, backend=backend) if compiled else own_forward
-    layers = decoder_layers(model)
+    layers, fused = decoder_layers(model), compiled and is_fused(next(model.parameters()).device)
     count = len(layers) if recompute < 0 else recompute
     shelf = Shelf(next(model.parameters()).device) if offload else None
     how = Arrangement(wiring, function, shelf, Trials(wiring), decoded, ended)
     for number, layer in enumerate(layers):
         layer.__dict__["forward"] = Run(layer, how, number if number < count else None)
-        if number < count and (mlp := tiled_mlp(layer)) is not None:
-            tile(mlp, wiring, mlp_function)
+        if (mlp := plain_mlp(layer)) is not None:
+            tile(mlp, wiring, mlp_function, number < count, fused and is_gated(mlp))
 
 
 def as_they_were(model: nn.Module) -> None:
     """Undoes `arrange`."""
     for layer in decoder_layers(model):
         layer.__dict__.pop("forward", None)
-        if (mlp := tiled_mlp(layer)) is not None:
+        if (mlp := plain_mlp(layer)) is not None:
             untile(mlp)
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from veneer.model.gated import gated_or_own
 from veneer.model.leaf import Leaf
 from veneer.model.packed import Wiring
 
@@ -25,7 +26,7 @@ STATE = "veneer_tiled"
 Own = Callable[[nn.Module, Tensor], Tensor]
 
 
-def tiled_mlp(layer: nn.Module) -> nn.Module | None:
+def plain_mlp(layer: nn.Module) -> nn.Module | None:
     """The layer's MLP, where it consists of linear layers and functions alone; experts, say, are left as they are, and
     so is one with a `forward` that someone else has put on it."""
     for name in NAMES:
@@ -38,9 +39,18 @@ def tiled_mlp(layer: nn.Module) -> nn.Module | None:
     return None
 
 
-def tile(mlp: nn.Module, wiring: Wiring, own: Own) -> None:
-    """From now `mlp` runs in pieces where there are many tokens; own: its class's forward, compiled or not."""
-    mlp.__dict__[STATE] = (wiring, own)
+class State(NamedTuple):
+    """What is known of an MLP."""
+
+    wiring: Wiring
+    own: Own  # its forward, compiled or not
+    pieces: bool  # whether it runs in pieces
+    gated: bool  # see `veneer.model.gated`
+
+
+def tile(mlp: nn.Module, wiring: Wiring, own: Own, pieces: bool, gated: bool) -> None:
+    """From now `mlp` runs as asked; own: `own_forward`, compiled or not."""
+    mlp.__dict__[STATE] = State(wiring, own, pieces, gated)
     # A method of one function, not an object with a state: by that, each layer would be compiled anew.
     mlp.__dict__["forward"] = MethodType(_forward, mlp)
 
@@ -52,20 +62,21 @@ def untile(mlp: nn.Module) -> None:
 
 
 def own_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    """The class's forward, as of layers in `veneer.model.layers`; a function of its own, so that compilations of one
-    are none of the other's."""
-    return type(mlp).forward(mlp, x)
+    """The forward of one piece; a function of its own, as of layers in `veneer.model.layers`, so that compilations of
+    one are none of the other's."""
+    state: State = getattr(mlp, STATE)
+    return gated_or_own(mlp, state.wiring.whole, x) if state.gated else type(mlp).forward(mlp, x)
 
 
 def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    if x.dim() != 3 or x.shape[0] != 1 or x.shape[1] <= TILE:
-        return type(mlp).forward(mlp, x)
+    if not getattr(mlp, STATE).pieces or x.dim() != 3 or x.shape[0] != 1 or x.shape[1] <= TILE:
+        return own_forward(mlp, x)
     return _in_pieces(mlp, x)
 
 
 @torch.compiler.disable
 def _in_pieces(mlp: nn.Module, x: Tensor) -> Tensor:
-    wiring, own = getattr(mlp, STATE)
+    wiring, own, *_ = getattr(mlp, STATE)
     if wiring.stream is None or wiring.stream.dropout_keys or not torch.is_grad_enabled():
         return type(mlp).forward(mlp, x)
     return _Pieces.apply(x, mlp, wiring, own)

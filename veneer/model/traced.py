@@ -11,6 +11,7 @@ anew because its storage is another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -18,8 +19,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from veneer.kernels.gated import down, gate_and_up, gated_gradients
 from veneer.kernels.lora import Piece, gradients, products
 from veneer.methods.lora import LoRA
+from veneer.model.unread import Unread
 
 if TYPE_CHECKING:
     from veneer.model.leaf import Leaf
@@ -177,3 +180,84 @@ def _backward(ctx: Any, gs: list[Tensor]) -> tuple[Any, ...]:
 
 
 lora_family.register_autograd(_backward, setup_context=_keep)
+
+
+def traced_mlp(leaves: Sequence[Leaf], slot: str, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) · up(x)) for x (..., D), of the leaves gate, up and down, while a layer is being compiled."""
+    methods = [leaf.slots[slot] for leaf in leaves]
+    factors = [tensor for method in methods for tensor in (method.a_RI, method.b_OR)]
+    numbers, scales = [leaf.number for leaf in leaves], [method.scale for method in methods]
+    y_TD = gated_mlp(x.reshape(-1, leaves[0].in_features), numbers, factors, scales)[0]
+    return y_TD.view(*x.shape[:-1], leaves[2].out_features)
+
+
+@torch.library.custom_op(
+    "veneer::gated_mlp",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] numbers, Tensor[] factors, float[] scales) -> Tensor[]",
+)
+def gated_mlp(x: Tensor, numbers: list[Tensor], factors: list[Tensor], scales: list[float]) -> list[Tensor]:
+    """y (T, D), and for backward the frozen products of gate and up (T, F), and z = s x A' (T, R) of both."""
+    leaves = [_NUMBERED[int(number)] for number in numbers]
+    wiring = leaves[0].wiring
+    g_TF, u_TF, z_TR = gate_and_up(x, wiring.operands(leaves[:2]), factors, scales)
+    [base] = wiring.operands(leaves[2:])
+    y = base.matmul(x) if isinstance(base, Unread) else down(x, g_TF, u_TF, z_TR, base, factors, scales)
+    return [y, g_TF, u_TF, z_TR]
+
+
+@gated_mlp.register_fake
+def _(x: Tensor, numbers: list[Tensor], factors: list[Tensor], scales: list[float]) -> list[Tensor]:
+    a_gate, b_gate, a_up, b_up, _, b_down = factors
+    widths = [b_down.shape[0], b_gate.shape[0], b_up.shape[0], a_gate.shape[0] + a_up.shape[0]]
+    return [x.new_empty(x.shape[0], width) for width in widths]
+
+
+@torch.library.custom_op(
+    "veneer::gated_mlp_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor z, Tensor[] numbers, Tensor[] factors, float[] scales) "
+    "-> Tensor[]",
+)
+def gated_mlp_backward(
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor,
+    u: Tensor,
+    z: Tensor,
+    numbers: list[Tensor],
+    factors: list[Tensor],
+    scales: list[float],
+) -> list[Tensor]:
+    """The gradient of x (T, D), and then of every factor."""
+    bases = [_NUMBERED[int(number)].base for number in numbers]
+    dx, grads = gated_gradients(dy.contiguous(), x, g, u, z, bases, factors, scales)
+    return [dx, *map(_own, grads)]
+
+
+@gated_mlp_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    g: Tensor,
+    u: Tensor,
+    z: Tensor,
+    numbers: list[Tensor],
+    factors: list[Tensor],
+    scales: list[float],
+) -> list[Tensor]:
+    return [torch.empty_like(x), *(torch.empty_like(factor) for factor in factors)]
+
+
+def _keep_mlp(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    x, numbers, factors, ctx.scales = inputs
+    ctx.save_for_backward(x, *output[1:], *numbers, *factors)
+
+
+def _mlp_backward(ctx: Any, gs: list[Tensor]) -> tuple[Any, ...]:
+    x, g, u, z, *rest = ctx.saved_tensors
+    dx, *grads = gated_mlp_backward(gs[0], x, g, u, z, rest[:3], rest[3:], ctx.scales)
+    return dx, [None] * 3, grads, None
+
+
+gated_mlp.register_autograd(_mlp_backward, setup_context=_keep_mlp)

@@ -1,0 +1,75 @@
+"""MLPs of the form down(silu(gate(x)) · up(x)): one operation while a layer is compiled, where all three have adapters.
+
+Legend: D hidden size, F width of the MLP.
+
+Whether an MLP is of this form is not told by its name: its class's forward is run on stand-ins for its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.kernels.swiglu import MOST_RANK
+from veneer.kernels.triton_here import has_triton
+from veneer.methods.lora import LoRA
+from veneer.model.leaf import Leaf
+from veneer.model.traced import traced_mlp
+
+LAYERS = ("gate_proj", "up_proj", "down_proj")
+
+
+def is_gated(mlp: nn.Module) -> bool:
+    """Whether the MLP's forward is down(silu(gate(x)) · up(x)), of leaves, and nothing else."""
+    if not all(isinstance(getattr(mlp, name, None), Leaf) for name in LAYERS):
+        return False
+    functions = {name: child for name, child in mlp.named_children() if name not in LAYERS}
+    x, gate, up, out = (torch.linspace(-3, 5, 6).roll(number).view(1, 2, 3) for number in range(4))
+    asked: list[Tensor] = []
+
+    def standing_in(value: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda given: (asked.append(given), value)[1]
+
+    layers = {name: standing_in(value) for name, value in zip(LAYERS, (gate, up, out), strict=True)}
+    plain = {name: value for name, value in vars(mlp).items() if not name.startswith("_")}
+    try:
+        found = type(mlp).forward(SimpleNamespace(**plain | functions | layers), x)  # type: ignore[arg-type]
+    except Exception:  # it asks for more than these
+        return False
+    return found is out and len(asked) == 3 and asked[0] is x is asked[1] and torch.equal(asked[2], F.silu(gate) * up)
+
+
+MEASURED = False  # on a GPU; until then each layer is on its own
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether there is a kernel that is worth it."""
+    return MEASURED and device.type == "cuda" and has_triton()
+
+
+def gated_or_own(mlp: Any, slot: str | None, x: Tensor) -> Tensor:
+    """The forward of a gated MLP: as one operation while it is compiled and one `slot` speaks over all rows, by its
+    class's own code otherwise."""
+    leaves = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if torch.compiler.is_compiling() and slot is not None and all(_fits(leaf, slot) for leaf in leaves):
+        bare = leaves[0].bias is None and leaves[1].bias is None
+        if bare and not _hooked(mlp) and (not x.is_cuda or x.itemsize == 2):
+            return traced_mlp(leaves, slot, x)
+    return type(mlp).forward(mlp, x)
+
+
+def _fits(leaf: Leaf, slot: str) -> bool:
+    if slot not in leaf.slots:
+        return False
+    method = leaf.slots[slot]
+    return isinstance(method, LoRA) and method.a_RI.shape[0] <= MOST_RANK
+
+
+def _hooked(mlp: nn.Module) -> bool:
+    """A user's hooks are to see what passes between the layers."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in mlp.children())
