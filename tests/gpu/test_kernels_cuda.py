@@ -264,19 +264,11 @@ def test_swiglu_with_lora_around_it(shape, ranks, dtype):
     zs = drawn(tokens, ranks[0] + ranks[1], seed=1).split(ranks[:2], 1)
     bs = [drawn(width, rank, seed=2) * rank**-0.5 for rank in ranks[:2]]
     a, dz, dh = drawn(ranks[2], width, seed=3), drawn(tokens, ranks[2], seed=4), drawn(tokens, width, seed=5)
-    found, wanted = swiglu(g, u, zs, bs, a), swiglu_reference(g, u, zs, bs, a)
-    back, expected = (
-        function(dh.clone(), g, u, zs, dz, bs, a) for function in (swiglu_backward, swiglu_backward_reference)
-    )
+    found = [swiglu(g, u, zs, bs), *swiglu_backward(dh.clone(), g, u, zs, dz, bs, a)]
+    wanted = [swiglu_reference(g, u, zs, bs), *swiglu_backward_reference(dh.clone(), g, u, zs, dz, bs, a)]
     rounded = 2**-7 if dtype == torch.bfloat16 else 2**-10
-    pairs = [(found[0], wanted[0]), *zip(back.outputs, expected.outputs, strict=True)]
-    for one, other in pairs:  # rounded once, perhaps to the neighbour
-        torch.testing.assert_close(one, other, rtol=2 * rounded, atol=1e-3)
-    sums = [(found[1], wanted[1]), *zip(back.dzs, expected.dzs, strict=True), *zip(back.dbs, expected.dbs, strict=True)]
-    for one, other in [*sums, (back.da, expected.da), (back.z, expected.z)]:  # of numbers that may be neighbours
-        assert (one - other).norm() <= rounded * other.norm()
-    again = swiglu_backward(dh.clone(), g, u, zs, dz, bs, a)
-    assert same(again.dbs[0], back.dbs[0]) and same(again.dzs[1], back.dzs[1]) and same(again.da, back.da)
+    for one, other in zip(found, wanted, strict=True):  # rounded once, perhaps to the neighbour
+        torch.testing.assert_close(one, other, rtol=rounded, atol=1e-3)
 
 
 def test_fp8_layers_that_share_x_give_what_each_gives(e4m3):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.kernels.lora import Cast, Piece, Products, matmuls, through_x
 from veneer.kernels.swiglu import swiglu, swiglu_backward
-from veneer.kernels.thin import summed_product
+from veneer.kernels.thin import summed_product, thin_gradients
 
 
 class _Adapters:
@@ -56,8 +56,8 @@ def down(
 ) -> Tensor:
     """y (T, D) of what `gate_and_up` gives."""
     adapters = _Adapters(factors, scales, x_TD)
-    h_TF, z = swiglu(g_TF, u_TF, adapters.apart(z_TR), adapters.bs, adapters.a_RF)
-    thin = adapters.last.scaled(z.to(x_TD.dtype), adapters.last_run) @ adapters.b_DR.t()
+    h_TF = swiglu(g_TF, u_TF, adapters.apart(z_TR), adapters.bs)
+    thin = adapters.last.scaled(h_TF @ adapters.a_RF.t(), adapters.last_run) @ adapters.b_DR.t()
     y_TD = base.matmul(h_TF, thin) if base.adds else base.matmul(h_TF).add_(thin)
     return y_TD if base.bias is None else y_TD + base.bias.to(y_TD.dtype)
 
@@ -76,13 +76,14 @@ def gated_gradients(
     adapters = _Adapters(factors, scales, x_TD)
     dtypes = [factor.dtype for factor in factors]
     dz_last = adapters.last.scaled(dy_TD @ adapters.b_DR, adapters.last_run)
-    dh_TF = bases[2].matmul_t(dy_TD)
-    found = swiglu_backward(dh_TF, g_TF, u_TF, adapters.apart(z_TR), dz_last, adapters.bs, adapters.a_RF)
-    z_last = adapters.last.scaled(found.z.to(x_TD.dtype), adapters.last_run)
-    db_last = summed_product(dy_TD, z_last, dtypes[5])
-    dz_TR = adapters.first.scaled(torch.cat(found.dzs, 1).to(x_TD.dtype), adapters.run)
+    zs, dh_TF = adapters.apart(z_TR), bases[2].matmul_t(dy_TD)
+    *outputs, h_TF = swiglu_backward(dh_TF, g_TF, u_TF, zs, dz_last, adapters.bs, adapters.a_RF)
+    z_last, da_FR = thin_gradients(h_TF, dz_last, adapters.a_RF.t().contiguous(), dtypes[4])
+    db_last = summed_product(dy_TD, adapters.last.scaled(z_last, adapters.last_run), dtypes[5])
+    dz_g, db_g = thin_gradients(outputs[0], zs[0], adapters.bs[0], dtypes[1])
+    dz_u, db_u = thin_gradients(outputs[1], zs[1], adapters.bs[1], dtypes[3])
+    dz_TR = adapters.first.scaled(torch.cat([dz_g, dz_u], 1), adapters.run)
     da_g, da_u = adapters.first.split(summed_product(dz_TR, x_TD, dtypes[0]), adapters.run, 0)
-    dx_TD = through_x(found.outputs, x_TD, [dz_TR], bases[:2], [adapters.run], adapters.first)
+    dx_TD = through_x(outputs, x_TD, [dz_TR], bases[:2], [adapters.run], adapters.first)
     assert dx_TD is not None
-    grads = [da_g, found.dbs[0], da_u, found.dbs[1], found.da, db_last]
-    return dx_TD, [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    return dx_TD, [da_g, db_g, da_u.to(dtypes[2]), db_u, da_FR.t(), db_last]

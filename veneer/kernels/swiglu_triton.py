@@ -1,10 +1,8 @@
-"""SwiGLU with LoRA around it, each of its large tensors read and written once.
+"""SwiGLU between layers with LoRA: their thin products are added on the way, where each would be a pass of its own.
 
 Legend: T tokens, F width of the MLP, R rank.
 
-Written as products, the adapters of gate, up and down pass over F-wide tensors eighteen times a step beside the frozen
-products; here it is eight. A program owns a rectangle (rows of T, columns of F). Sums over columns (z, dz) and over
-rows (gradients of factors) are found in parts, which a second launch adds, always in the same order.
+A program owns some columns of F, whose factors stay in registers, and goes down some rows of T.
 """
 
 from __future__ import annotations
@@ -14,101 +12,69 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from veneer.kernels.swiglu import SwigluGradients
 from veneer.kernels.thin_triton import LEAST_RANK, coarse, multiprocessors
 
-ROWS, COLUMNS, STAGES, WARPS = 32, 128, 2, 4  # that a program reads at a time
-PROGRAMS = 4  # for each multiprocessor of the GPU, at most about so many
+ROWS, COLUMNS, STAGES, WARPS = 32, 64, 2, 8  # that a program reads at a time; 80 registers, 24 warps on an H100
+PROGRAMS = 6  # for each multiprocessor of the GPU, about
+Pair = tuple[Tensor, Tensor]
 
 
-def swiglu(
-    g_TF: Tensor,
-    u_TF: Tensor,
-    zs: tuple[Tensor, Tensor],
-    bs: tuple[Tensor, Tensor],
-    a_RF: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """h = silu(g + z_g B_g') · (u + z_u B_u'), (T, F), and h A', (T, R) in float32."""
-    grid, sizes = _grid(g_TF)
+def swiglu(g_TF: Tensor, u_TF: Tensor, zs: Pair, bs: Pair) -> Tensor:
+    """h = silu(g + z_g B_g') · (u + z_u B_u'), (T, F)."""
     h_TF = torch.empty(g_TF.shape, dtype=g_TF.dtype, device=g_TF.device)
-    z_parts = torch.empty(grid[0], len(g_TF), len(a_RF), dtype=torch.float32, device=g_TF.device)
-    _swiglu[grid](
-        *(g_TF, g_TF.stride(0), u_TF, u_TF.stride(0)),
-        *(zs[0], zs[0].stride(0), zs[1], zs[1].stride(0), *bs, a_RF, h_TF, z_parts, *g_TF.shape),
-        **(sizes | _ranks(bs, a_RF)),
-    )
-    return h_TF, z_parts.sum(0)
+    grid, sizes = _sizes(g_TF, bs)
+    _swiglu[grid](*_given(g_TF, u_TF, zs, bs), h_TF, *g_TF.shape, **sizes)
+    return h_TF
 
 
 def swiglu_backward(
-    dh_TF: Tensor,
-    g_TF: Tensor,
-    u_TF: Tensor,
-    zs: tuple[Tensor, Tensor],
-    dz_TR: Tensor,
-    bs: tuple[Tensor, Tensor],
-    a_RF: Tensor,
-) -> SwigluGradients:
-    """Of dh, to which dz A is added here; dg comes in its memory."""
-    grid, sizes = _grid(g_TF)
-    across, deep = grid
-
-    def parts(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=g_TF.device)
-
-    (tokens, width), ranks = g_TF.shape, _ranks(bs, a_RF)
-    du_TF = torch.empty(g_TF.shape, dtype=g_TF.dtype, device=g_TF.device)
-    dzs = [parts(across, tokens, b.shape[1]) for b in bs]
-    dbs = [parts(deep, width, b.shape[1]) for b in bs]
-    da, z = parts(deep, width, len(a_RF)), parts(across, tokens, len(a_RF))
+    dh_TF: Tensor, g_TF: Tensor, u_TF: Tensor, zs: Pair, dz_TR: Tensor, bs: Pair, a_RF: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dg, du and h of dh + dz A, the gradient of h; dg comes in dh's memory."""
+    du_TF, h_TF = (torch.empty(g_TF.shape, dtype=g_TF.dtype, device=g_TF.device) for _ in range(2))
+    grid, sizes = _sizes(g_TF, bs)
+    ranks = {"DOWN": len(a_RF), "DOWN_PAD": _padded(len(a_RF))}
     _swiglu_backward[grid](
-        *(dh_TF, dh_TF.stride(0), g_TF, g_TF.stride(0), u_TF, u_TF.stride(0)),
-        *(zs[0], zs[0].stride(0), zs[1], zs[1].stride(0), dz_TR, dz_TR.stride(0), *bs, a_RF),
-        *(du_TF, *dzs, *dbs, da, z, tokens, width),
+        *(*_given(g_TF, u_TF, zs, bs), dz_TR, dz_TR.stride(0), a_RF),
+        *(dh_TF, dh_TF.stride(0), du_TF, h_TF, *g_TF.shape),
         **(sizes | ranks),
     )
-    dz_g, dz_u = (part.sum(0) for part in dzs)
-    db_g, db_u = (part.sum(0) for part in dbs)
-    return SwigluGradients((dh_TF, du_TF), (dz_g, dz_u), (db_g, db_u), da.sum(0).t(), z.sum(0))
+    return dh_TF, du_TF, h_TF
 
 
-def _grid(g_TF: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _given(g_TF: Tensor, u_TF: Tensor, zs: Pair, bs: Pair) -> list[Tensor | int]:
+    return [part for tensor in (g_TF, u_TF, *zs) for part in (tensor, tensor.stride(0))] + list(bs)
+
+
+def _sizes(g_TF: Tensor, bs: Pair) -> tuple[tuple[int, int], dict[str, int]]:
     across, down = triton.cdiv(g_TF.shape[1], COLUMNS), triton.cdiv(len(g_TF), ROWS)
-    programs = PROGRAMS * multiprocessors(g_TF.device)
-    steps = coarse(triton.cdiv(down, max(1, programs // across)))
-    sizes = {"STEPS": steps, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS, "num_stages": STAGES}
-    return (across, triton.cdiv(down, steps)), sizes
+    steps = coarse(triton.cdiv(down, max(1, PROGRAMS * multiprocessors(g_TF.device) // across)))
+    tile = {"STEPS": steps, "ROWS": ROWS, "COLUMNS": COLUMNS, "STAGES": STAGES, "num_warps": WARPS}
+    ranks = {"GATE": bs[0].shape[1], "UP": bs[1].shape[1]}
+    ranks |= {f"{name}_PAD": _padded(rank) for name, rank in ranks.items()}
+    return (across, triton.cdiv(down, steps)), tile | ranks
 
 
-def _ranks(bs: tuple[Tensor, Tensor], a_RF: Tensor) -> dict[str, int]:
-    ranks = {"GATE": bs[0].shape[1], "UP": bs[1].shape[1], "DOWN": len(a_RF)}
-    padded = {f"{name}_PAD": max(LEAST_RANK, triton.next_power_of_2(rank)) for name, rank in ranks.items()}
-    return ranks | padded
-
-
-@triton.jit
-def _tall(ptr, stride, row, size, RANK: tl.constexpr, PAD: tl.constexpr):
-    """Rows of a (size, RANK) matrix, padded with zeros: (rows, PAD)."""
-    rank = tl.arange(0, PAD)
-    here = (row[:, None] < size) & (rank[None, :] < RANK)
-    return tl.load(ptr + row[:, None].to(tl.int64) * stride + rank[None, :], mask=here, other=0.0)
+def _padded(rank: int) -> int:
+    return max(LEAST_RANK, triton.next_power_of_2(rank))
 
 
 @triton.jit
-def _wide(ptr, column, size, RANK: tl.constexpr, PAD: tl.constexpr):
-    """Columns of a (RANK, size) matrix, transposed and padded with zeros: (columns, PAD)."""
+def _tall(ptr, stride, row, rows, RANK: tl.constexpr, PAD: tl.constexpr):
+    """Rows of a matrix RANK wide, padded with zeros: (rows, PAD)."""
     rank = tl.arange(0, PAD)
-    here = (column[:, None] < size) & (rank[None, :] < RANK)
-    return tl.load(ptr + rank[None, :] * size + column[:, None], mask=here, other=0.0)
+    here = (row[:, None] < rows) & (rank[None, :] < RANK)
+    return tl.load(ptr + row[:, None] * stride + rank[None, :], mask=here, other=0.0)
 
 
 @triton.jit
-def _keep(ptr, part, place, size, value, RANK: tl.constexpr, PAD: tl.constexpr):
-    """Writes (places, PAD) to part number `part` of (parts, size, RANK)."""
-    rank = tl.arange(0, PAD)
-    here = (place[:, None] < size) & (rank[None, :] < RANK)
-    ptr += part.to(tl.int64) * size * RANK
-    tl.store(ptr + place[:, None] * RANK + rank[None, :], value, mask=here)
+def _load(ptr, stride, row, column, here):
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, stride, row, column, here, value):
+    tl.store(ptr + row[:, None] * stride + column[None, :], value.to(ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -123,42 +89,35 @@ def _swiglu(
     zu_stride,
     bg_ptr,
     bu_ptr,
-    a_ptr,
     h_ptr,
-    z_ptr,
     tokens,
     width,
     GATE: tl.constexpr,
     UP: tl.constexpr,
-    DOWN: tl.constexpr,
     GATE_PAD: tl.constexpr,
     UP_PAD: tl.constexpr,
-    DOWN_PAD: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    bg = _tall(bg_ptr, GATE, column, width, GATE, GATE_PAD)
-    bu = _tall(bu_ptr, UP, column, width, UP, UP_PAD)
-    a = _wide(a_ptr, column, width, DOWN, DOWN_PAD)
-    for step in range(STEPS):
-        row = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        here = (row[:, None] < tokens) & (column[None, :] < width)
-        large = row[:, None].to(tl.int64)
-        g = tl.load(g_ptr + large * g_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-        u = tl.load(u_ptr + large * u_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-        g += tl.dot(_tall(zg_ptr, zg_stride, row, tokens, GATE, GATE_PAD), tl.trans(bg))
-        u += tl.dot(_tall(zu_ptr, zu_stride, row, tokens, UP, UP_PAD), tl.trans(bu))
-        h = (g * tl.sigmoid(g) * u).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + large * width + column[None, :], h, mask=here)
-        _keep(z_ptr, tl.program_id(0), row, tokens, tl.dot(h, a), DOWN, DOWN_PAD)
+    left = tl.program_id(0) * COLUMNS
+    column, row, columns = tl.arange(0, COLUMNS), tl.arange(0, ROWS), width - left
+    bg = tl.trans(_tall(bg_ptr + left * GATE, GATE, column, columns, GATE, GATE_PAD))
+    bu = tl.trans(_tall(bu_ptr + left * UP, UP, column, columns, UP, UP_PAD))
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        first = (tl.program_id(1) * STEPS + step) * ROWS
+        top, rows = first.to(tl.int64), tokens - first
+        here = (row[:, None] < rows) & (column[None, :] < columns)
+        g = _load(g_ptr + top * g_stride + left, g_stride, row, column, here)
+        u = _load(u_ptr + top * u_stride + left, u_stride, row, column, here)
+        g = tl.dot(_tall(zg_ptr + top * zg_stride, zg_stride, row, rows, GATE, GATE_PAD), bg, g)
+        u = tl.dot(_tall(zu_ptr + top * zu_stride, zu_stride, row, rows, UP, UP_PAD), bu, u)
+        _store(h_ptr + top * width + left, width, row, column, here, g * tl.sigmoid(g) * u)
 
 
 @triton.jit
 def _swiglu_backward(
-    dh_ptr,
-    dh_stride,
     g_ptr,
     g_stride,
     u_ptr,
@@ -167,18 +126,15 @@ def _swiglu_backward(
     zg_stride,
     zu_ptr,
     zu_stride,
-    dz_ptr,
-    dz_stride,
     bg_ptr,
     bu_ptr,
+    dz_ptr,
+    dz_stride,
     a_ptr,
+    dh_ptr,
+    dh_stride,
     du_ptr,
-    dzg_ptr,
-    dzu_ptr,
-    dbg_ptr,
-    dbu_ptr,
-    da_ptr,
-    z_ptr,
+    h_ptr,
     tokens,
     width,
     GATE: tl.constexpr,
@@ -190,39 +146,26 @@ def _swiglu_backward(
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    bg = _tall(bg_ptr, GATE, column, width, GATE, GATE_PAD)
-    bu = _tall(bu_ptr, UP, column, width, UP, UP_PAD)
-    a = _wide(a_ptr, column, width, DOWN, DOWN_PAD)
-    dbg = tl.zeros([COLUMNS, GATE_PAD], tl.float32)
-    dbu = tl.zeros([COLUMNS, UP_PAD], tl.float32)
-    da = tl.zeros([COLUMNS, DOWN_PAD], tl.float32)
-    for step in range(STEPS):
-        row = (tl.program_id(1) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        here = (row[:, None] < tokens) & (column[None, :] < width)
-        large = row[:, None].to(tl.int64)
-        g = tl.load(g_ptr + large * g_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-        u = tl.load(u_ptr + large * u_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-        dh = tl.load(dh_ptr + large * dh_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
-        zg = _tall(zg_ptr, zg_stride, row, tokens, GATE, GATE_PAD)
-        zu = _tall(zu_ptr, zu_stride, row, tokens, UP, UP_PAD)
-        dz = _tall(dz_ptr, dz_stride, row, tokens, DOWN, DOWN_PAD)
-        g += tl.dot(zg, tl.trans(bg))
-        u += tl.dot(zu, tl.trans(bu))
-        dh += tl.dot(dz, tl.trans(a))
+    left = tl.program_id(0) * COLUMNS
+    column, row, columns = tl.arange(0, COLUMNS), tl.arange(0, ROWS), width - left
+    bg = tl.trans(_tall(bg_ptr + left * GATE, GATE, column, columns, GATE, GATE_PAD))
+    bu = tl.trans(_tall(bu_ptr + left * UP, UP, column, columns, UP, UP_PAD))
+    rank = tl.arange(0, DOWN_PAD)
+    a_here = (rank[:, None] < DOWN) & (column[None, :] < columns)
+    a = tl.load(a_ptr + left + rank[:, None] * width + column[None, :], mask=a_here, other=0.0)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        first = (tl.program_id(1) * STEPS + step) * ROWS
+        top, rows = first.to(tl.int64), tokens - first
+        here = (row[:, None] < rows) & (column[None, :] < columns)
+        g = _load(g_ptr + top * g_stride + left, g_stride, row, column, here)
+        u = _load(u_ptr + top * u_stride + left, u_stride, row, column, here)
+        dh = _load(dh_ptr + top * dh_stride + left, dh_stride, row, column, here)
+        g = tl.dot(_tall(zg_ptr + top * zg_stride, zg_stride, row, rows, GATE, GATE_PAD), bg, g)
+        u = tl.dot(_tall(zu_ptr + top * zu_stride, zu_stride, row, rows, UP, UP_PAD), bu, u)
+        dh = tl.dot(_tall(dz_ptr + top * dz_stride, dz_stride, row, rows, DOWN, DOWN_PAD), a, dh)
         s = tl.sigmoid(g)
-        h = (g * s * u).to(du_ptr.dtype.element_ty)
-        du = (dh * g * s).to(du_ptr.dtype.element_ty)
-        dg = (dh * u * s * (1 + g * (1 - s))).to(du_ptr.dtype.element_ty)
-        tl.store(dh_ptr + large * dh_stride + column[None, :], dg, mask=here)
-        tl.store(du_ptr + large * width + column[None, :], du, mask=here)
-        _keep(dzg_ptr, tl.program_id(0), row, tokens, tl.dot(dg, bg), GATE, GATE_PAD)
-        _keep(dzu_ptr, tl.program_id(0), row, tokens, tl.dot(du, bu), UP, UP_PAD)
-        _keep(z_ptr, tl.program_id(0), row, tokens, tl.dot(h, a), DOWN, DOWN_PAD)
-        dbg += tl.dot(tl.trans(dg), zg)
-        dbu += tl.dot(tl.trans(du), zu)
-        da += tl.dot(tl.trans(h), dz)
-    _keep(dbg_ptr, tl.program_id(1), column, width, dbg, GATE, GATE_PAD)
-    _keep(dbu_ptr, tl.program_id(1), column, width, dbu, UP, UP_PAD)
-    _keep(da_ptr, tl.program_id(1), column, width, da, DOWN, DOWN_PAD)
+        _store(h_ptr + top * width + left, width, row, column, here, g * s * u)
+        _store(du_ptr + top * width + left, width, row, column, here, dh * g * s)
+        _store(dh_ptr + top * dh_stride + left, dh_stride, row, column, here, dh * u * s * (1 + g * (1 - s)))
