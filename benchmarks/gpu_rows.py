@@ -41,6 +41,7 @@ LIGER: tuple[Variant, ...] = ((1, "none", False), (1, "none", True), (4, "layers
 class Row:
     """One comparison: the same work for every system."""
 
+    title: str
     shape: str
     systems: dict[str, tuple[Variant, ...]]
     rank: int = 16
@@ -68,8 +69,8 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
-    # Best of each, on an 80 GB card or on as much of a larger one.
     "8b-bf16": Row(
+        "8B, bf16: the best of each, on an 80 GB card or on as much of a larger one",
         "8b",
         {
             "ours": OURS_FAST,
@@ -79,9 +80,14 @@ ROWS: dict[str, Row] = {
         },
         cap_gib=CARD,
     ),
-    "8b-fp8": Row("8b", {"ours-fp8": OURS_FAST, "unsloth-fp8": (*UNSLOTH_FAST, OFFLOADED[0])}, cap_gib=CARD),
-    # At the memory of Unsloth's recompute, which keeps layer inputs on the host.
+    "8b-fp8": Row(
+        "8B, fp8 base: the best of each, likewise",
+        "8b",
+        {"ours-fp8": OURS_FAST, "unsloth-fp8": (*UNSLOTH_FAST, OFFLOADED[0])},
+        cap_gib=CARD,
+    ),
     "8b-nf4": Row(
+        "8B, NF4 with double quantisation: within the memory of Unsloth's recompute, which keeps inputs on the host",
         "8b",
         {
             "ours-nf4": OURS_SMALL,
@@ -91,8 +97,14 @@ ROWS: dict[str, Row] = {
         },
         within="qlora-unsloth",
     ),
-    "8b-bf16-low": Row("8b", {"ours": OURS_SMALL, "unsloth": OFFLOADED}, within="unsloth"),
+    "8b-bf16-low": Row(
+        "8B, bf16: likewise within that memory",
+        "8b",
+        {"ours": OURS_SMALL, "unsloth": OFFLOADED},
+        within="unsloth",
+    ),
     "1b-bf16": Row(
+        "1B, bf16: four rows a step",
         "1b",
         {
             "ours": ((4, "none", True),),
@@ -101,8 +113,8 @@ ROWS: dict[str, Row] = {
             "peft": ((4, "layers", False),),
         },
     ),
-    # The largest run of QLoRA's paper (arXiv 2305.14314): 65B in NF4 with double quantisation on one 48 GB card.
     "65b": Row(
+        "65B, the largest run of QLoRA's paper (arXiv 2305.14314): NF4 with double quantisation on one 48 GB card, r = 64",
         "65b",
         {"ours-nf4": ((1, "layers", True), (1, "layers", False))},
         rank=64,
@@ -110,8 +122,8 @@ ROWS: dict[str, Row] = {
         cap_gib=44.5,
         optim="adamw_8bit",
     ),
-    # The same, its gradients freed during backward.
     "65b-least": Row(
+        "65B likewise, its gradients freed during backward",
         "65b",
         {"ours-nf4": ((1, "in-backward", True),)},
         rank=64,
@@ -119,8 +131,8 @@ ROWS: dict[str, Row] = {
         cap_gib=44.5,
         optim="adamw_8bit",
     ),
-    # Full fine-tuning beside LoRA and QLoRA.
     "full": Row(
+        "1B: full fine-tuning beside LoRA and QLoRA",
         "1b",
         {
             "ours": ((4, "none", True),),
@@ -137,6 +149,7 @@ ROWS: dict[str, Row] = {
 class Longest:
     """Not a comparison: the longest sequence that trains under a limit, see benchmarks.gpu_longest."""
 
+    title: str
     shape: str
     caps_gib: tuple[float, ...]
     steps: int
@@ -148,9 +161,11 @@ class Longest:
 
 
 LONGEST: dict[str, Longest] = {
-    "8b-longest": Longest("8b", (8.0, 16.0, 24.0), steps=3),
+    "8b-longest": Longest(
+        "8B, NF4, r = 32: the longest sequence that trains in all of a card's memory", "8b", (8.0, 16.0, 24.0), steps=3
+    ),
     # One step, and no longer than it takes four minutes.
-    "70b-longest": Longest("70b", (CARD,), steps=1, most=98304),
+    "70b-longest": Longest("70B, NF4, r = 32: likewise", "70b", (CARD + 1.0,), steps=1, most=98304),
 }
 
 

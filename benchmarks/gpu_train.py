@@ -25,7 +25,7 @@ from benchmarks.gpu_process import Result
 from benchmarks.gpu_rows import LONGEST, ROWS, SYSTEMS, Row, parse_rows, parse_systems
 from benchmarks.gpu_spec import Spec
 from benchmarks.gpu_sweep import Clock, Run, Runs
-from benchmarks.gpu_table import longest_lines, outcome, table
+from benchmarks.gpu_table import longest_lines, outcome, page, table
 
 NAME = "gpu_train"
 File = dict[str, Any]
@@ -39,6 +39,9 @@ def main() -> None:
     if options.gather:
         gather(held, [load(path) for path in options.gather])
         save()
+        return
+    if options.show:
+        print(page(held))
         return
     clock = Clock(options.seconds)
     gpu = record.gpu()
@@ -169,6 +172,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--keep-ceiling", action="store_true", help="no new ceiling where the file holds this GPU's")
     parser.add_argument("--caps", type=_caps, help="limits in GiB for the longest sequences")
     parser.add_argument("--output", type=Path, default=record.RESULTS / f"{NAME}.json", help="file to merge into")
+    parser.add_argument("--show", action="store_true", help="measure nothing; print the file as docs/gpu.md has it")
     parser.add_argument("--gather", type=Path, nargs="+", metavar="FILE", help="measure nothing; merge these files")
     options = parser.parse_args()
     if options.steps <= WARM_UP or options.rounds < 0:

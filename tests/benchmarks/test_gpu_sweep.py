@@ -12,6 +12,7 @@ from benchmarks.gpu_spec import Spec
 from benchmarks.gpu_sweep import NO_TIME, SCAN_STEPS, Clock, choose, chosen, entry, ratios, rounds, scan
 
 ROW = Row(
+    "title",
     "8b",
     {
         "ours-nf4": ((4, "none", True), (4, "layers", True), (1, "layers", True)),
