@@ -114,7 +114,7 @@ ROWS: dict[str, Row] = {
         },
     ),
     "65b": Row(
-        "65B, the largest run of QLoRA's paper (arXiv 2305.14314): NF4 with double quantisation on one 48 GB card, r = 64",
+        "65B, the largest run of QLoRA's paper (arXiv 2305.14314): NF4, double quantisation, a 48 GB card, r = 64",
         "65b",
         {"ours-nf4": ((1, "layers", True), (1, "layers", False))},
         rank=64,
