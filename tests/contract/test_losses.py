@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import PretrainedConfig
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
@@ -36,6 +37,7 @@ class Table(nn.Module):
         self.head = nn.Linear(len(logits_VV), len(logits_VV), bias=False)
         self.head.weight.data = torch.eye(len(logits_VV))
         self.head.weight.requires_grad_(False)
+        self.config = PretrainedConfig()
 
     @property
     def base_model(self):

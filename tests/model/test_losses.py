@@ -21,6 +21,7 @@ from veneer.config import LoraSettings
 from veneer.errors import VeneerError
 from veneer.kernels import cross_entropy as kernel
 from veneer.model import losses
+from veneer.model.head import Head
 from veneer.model.losses import head_nll, sequence_nll, targets_of
 from veneer.model.packed import speaking
 from veneer.model.stream import SHARED, pack
@@ -95,7 +96,7 @@ def test_the_chunked_head_is_cross_entropy_of_the_logits(targets, vocabulary, bi
     tokens = torch.randint(vocabulary, (targets,), generator=generator)
     g = torch.randn(targets, generator=generator)
     with mock.patch.object(losses, "CHUNK", chunk), mock.patch.object(kernel, "BLOCK", block):
-        nll = head_nll(hidden, head, tokens)
+        nll = head_nll(hidden, Head(head), tokens)
         (got,) = torch.autograd.grad(nll, hidden, g)
     wanted = F.cross_entropy(head(hidden), tokens, reduction="none")
     (wanted_grad,) = torch.autograd.grad(wanted, hidden, g)
@@ -110,7 +111,7 @@ def test_the_real_chunk_size_at_its_borders(targets):
     head = nn.Linear(4, 7).requires_grad_(False)
     hidden = torch.randn(targets, 4, generator=generator).requires_grad_()
     tokens = torch.randint(7, (targets,), generator=generator)
-    nll = head_nll(hidden, head, tokens)
+    nll = head_nll(hidden, Head(head), tokens)
     torch.testing.assert_close(nll, F.cross_entropy(head(hidden), tokens, reduction="none"), rtol=1e-5, atol=1e-5)
     (got,) = torch.autograd.grad(nll.sum(), hidden)
     (wanted,) = torch.autograd.grad(F.cross_entropy(head(hidden), tokens, reduction="sum"), hidden)
@@ -126,7 +127,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
         return turned(logits_MV, *rest)
 
     with mock.patch.object(losses, "CHUNK", 3), mock.patch.object(losses, "cross_entropy_", watched):
-        head_nll(torch.randn(8, 4), nn.Linear(4, 5), torch.zeros(8, dtype=torch.int64))
+        head_nll(torch.randn(8, 4), Head(nn.Linear(4, 5)), torch.zeros(8, dtype=torch.int64))
     assert seen == [3, 3, 2]
 
 
@@ -135,7 +136,7 @@ def test_nan_rows_of_the_head_stay_alone_in_value_and_gradient():
     hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     hidden[2] = float("nan")
     hidden.requires_grad_()
-    nll = head_nll(hidden, head, torch.arange(6))
+    nll = head_nll(hidden, Head(head), torch.arange(6))
     (grad,) = torch.autograd.grad(nll.sum(), hidden)
     assert nll.isnan().tolist() == [False, False, True, False, False, False]
     assert grad.isnan().any(1).tolist() == [False, False, True, False, False, False]
@@ -146,7 +147,7 @@ def test_a_weight_of_zero_silences_an_infinite_segment_nowhere_else():
     head = nn.Linear(4, 7).requires_grad_(False)
     hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     tokens, g = torch.tensor([1, 2, 3]), torch.tensor([0.5, 0.0, float("nan")])
-    (grad,) = torch.autograd.grad(head_nll(hidden, head, tokens), hidden, g)
+    (grad,) = torch.autograd.grad(head_nll(hidden, Head(head), tokens), hidden, g)
     (whole,) = torch.autograd.grad(F.cross_entropy(head(hidden), tokens, reduction="sum"), hidden)
     torch.testing.assert_close(grad[0], whole[0] * 0.5)
     assert not grad[1].any() and grad[2].isnan().all()
@@ -158,7 +159,7 @@ def test_bfloat16_heads_lose_no_more_than_their_logits_do():
     head = nn.Linear(16, 50, bias=False).bfloat16().requires_grad_(False)
     hidden = torch.randn(9, 16, generator=generator).bfloat16().requires_grad_()
     tokens = torch.randint(50, (9,), generator=generator)
-    nll = head_nll(hidden, head, tokens)
+    nll = head_nll(hidden, Head(head), tokens)
     wanted = F.cross_entropy(head(hidden).float(), tokens, reduction="none")
     assert nll.dtype == torch.float32
     torch.testing.assert_close(nll, wanted, rtol=1e-6, atol=1e-6)
@@ -223,3 +224,17 @@ def test_sequence_nll_refuses_a_name_that_is_not_attached(adapted):
     """Else the base's loss would be reported as the adapter's."""
     with pytest.raises(VeneerError, match="defualt"):
         sequence_nll(adapted, [Row((1, 2, 3), (False, True, True))], "defualt")
+
+
+@pytest.mark.parametrize("head", [{"scale": 0.3}, {"softcap": 1.5}, {"scale": 3.0, "softcap": 2.0}])
+def test_a_scaled_or_capped_head(head):
+    torch.manual_seed(0)
+    linear, tokens = nn.Linear(8, 11).double(), torch.arange(600) % 11
+    hidden = torch.randn(600, 8, dtype=torch.float64, requires_grad=True)
+    shaped = Head(linear, **head)
+    nll = head_nll(hidden, shaped, tokens)
+    wanted = nn.functional.cross_entropy(shaped(hidden), tokens, reduction="none")
+    torch.testing.assert_close(nll.double(), wanted, rtol=1e-6, atol=1e-6)
+    g = torch.randn(600, dtype=torch.float64)
+    (found,), (expected,) = (torch.autograd.grad((each.double() * g).sum(), hidden) for each in (nll, wanted))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

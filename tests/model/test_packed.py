@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -29,11 +28,13 @@ from transformers import (
 from veneer.adapter.attach import attach, detach, methods_of
 from veneer.config import LoraSettings
 from veneer.errors import ModelError, VeneerError
-from veneer.model import attention
+from veneer.model import attention, segments
+from veneer.model.head import head_of
 from veneer.model.leaf import Leaf
 from veneer.model.load import prepare
 from veneer.model.packed import hidden_states, running, speaking, wiring_of
 from veneer.model.probe import probe
+from veneer.model.scores import Scores
 from veneer.model.stream import Span, Stream, pack
 
 # initializer_range 0.3 instead of 0.02: with the usual one the attention of so small a model is uniform, and a wrong
@@ -51,17 +52,60 @@ SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.3,
 }
+
+
+def config_of(family: str, **more):
+    return AutoConfig.for_model(family, **SIZES, **more)
+
+
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
     "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama, every head its own key": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}),
     "llama, tied head": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, a window": MistralConfig(**SIZES, sliding_window=8),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen2, a window in one layer": Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma": config_of("gemma", head_dim=8),
+    # Caps small enough to bend the scores and logits of a random model.
+    "gemma2": config_of(
+        "gemma2",
+        head_dim=8,
+        sliding_window=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": config_of("gemma3_text", head_dim=8, sliding_window=8, query_pre_attn_scalar=8, sliding_window_pattern=2),
+    "olmo2": config_of("olmo2"),
+    "granite, scaled logits": config_of(
+        "granite", logits_scaling=4.0, attention_multiplier=0.2, residual_multiplier=0.5
+    ),
+    "cohere, scaled logits": config_of("cohere", logit_scale=0.25),
+    "smollm3": config_of("smollm3"),
+    "phi3, q, k and v in one": config_of("phi3"),
+    "gpt_neox": config_of("gpt_neox"),
+    "starcoder2": config_of("starcoder2", sliding_window=8),
+    "gpt_oss, sinks": config_of("gpt_oss", head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral, experts": config_of("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe, experts": config_of("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 # What each slot adapts: "one" and "two" meet in the attention, "two" alone has no method in the MLP.
 TARGETS = {"one": ["q_proj", "v_proj", "down_proj", "gate_proj"], "two": ["q_proj", "k_proj", "o_proj"]}
+ATTENTION_ALONE = {"one": ["q_proj", "v_proj"], "two": TARGETS["two"]}
+# The same where layers have other names.
+OTHER_TARGETS = {
+    "phi3": {"one": ["qkv_proj", "down_proj"], "two": ["qkv_proj", "o_proj"]},
+    "gpt_neox": {"one": ["query_key_value", "dense_4h_to_h"], "two": ["query_key_value", "dense"]},
+    "starcoder2": {"one": ["q_proj", "v_proj", "c_fc"], "two": TARGETS["two"]},
+    "gpt_oss": ATTENTION_ALONE,  # experts are no linear layers
+    "mixtral": ATTENTION_ALONE,
+    "qwen3_moe": ATTENTION_ALONE,
+}
 SCALES = {"one": 2.0, "two": 0.7}
 
 
@@ -88,7 +132,7 @@ def _adapted(family: str, dtype: torch.dtype) -> nn.Module:
     model = copy.deepcopy(plain(family)).to(dtype)
     prepare(model)
     generator = torch.Generator().manual_seed(1)
-    for name, targets in TARGETS.items():
+    for name, targets in OTHER_TARGETS.get(model.config.model_type, TARGETS).items():
         attach(model, LoraSettings(r=3, scale=SCALES[name], target_modules=targets), name)
         for method in methods_of(model, name).values():
             method.b_OR.data = torch.randn(method.b_OR.shape, generator=generator) * 0.2
@@ -119,7 +163,7 @@ def both(family: str, sequences, speakers, spans=None, dtype=torch.float32, orac
     if spans is not None:
         stream = Stream(stream.token_ids_T, stream.positions_T, stream.lengths, tuple(spans))
     with running(model, stream):
-        logits_TV = model.get_output_embeddings()(hidden_states(model))
+        logits_TV = head_of(model)(hidden_states(model))
         if logits_TV.requires_grad:
             (logits_TV.float() * torch.cat(loss_weights)).sum().backward()
     factors = {
@@ -192,12 +236,12 @@ def test_every_family(family):
 def test_long_segments_go_another_way_to_the_same_place(lengths, short):
     """Segments longer than SHORT take torch's flash kernel, alone or beside short ones."""
     speakers = [{"one": 1.0} if n % 2 else {} for n in lengths]
-    with mock.patch.object(attention, "SHORT", short):
+    with mock.patch.object(segments, "SHORT", short):
         assert_equal(*both("llama", sentences(lengths), speakers), TIGHT)
 
 
 def test_really_long_segments():
-    n = attention.SHORT
+    n = segments.SHORT
     speakers = [{"one": 1.0}, {"two": 1.0}, {}]
     assert_equal(*both("llama", sentences([n + 1, 3, n]), speakers), TIGHT)
 
@@ -400,14 +444,7 @@ def test_a_name_that_is_not_attached_is_refused():
 
 STATE_SPACE = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
 REFUSED = {
-    "sliding window": (MistralConfig(**SIZES, sliding_window=8), "mistral.*sliding_window"),
-    "sliding window in qwen2": (
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0),
-        "qwen2.*sliding_window",
-    ),
-    "soft cap": (Gemma2Config(**SIZES, head_dim=8), "gemma2"),
     "state space": (STATE_SPACE, "mamba.*second of three packed sequences"),
-    "scaled logits": (AutoConfig.for_model("granite", **SIZES, logits_scaling=4.0), "granite"),
     "position bias": (AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=61), "bloom"),
     # Which rotary frequencies are used depends on the longest position of the call, so on the neighbours.
     "dynamic rotary embedding": (
@@ -434,6 +471,17 @@ REFUSED = {
 }
 
 
+def test_a_window_that_layers_do_not_tell_of_is_found_however_wide_it_is(monkeypatch):
+    """Wider than what the probe runs: nothing but the mask shows it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=4096)).float().eval()
+    prepare(model)
+    probe(model)
+    monkeypatch.setattr(attention, "Scores", lambda scale, window, *rest: Scores(scale, None, *rest))
+    with pytest.raises(ModelError, match=r"mistral.*local attention over 4096"):
+        probe(model)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_by_name(case):
     config, message = REFUSED[case]
@@ -449,7 +497,7 @@ def test_refused_by_name(case):
         pass
 
 
-@pytest.mark.parametrize("case", ["sliding window", "state space"])
+@pytest.mark.parametrize("case", ["position bias", "state space"])
 def test_a_model_that_never_met_the_loader_is_refused_too(case):
     """`attach` on a model made by hand: the first stream must not be silently wrong."""
     config, _ = REFUSED[case]

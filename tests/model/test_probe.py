@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from veneer.errors import ModelError
-from veneer.model import attention, losses
+from veneer.model import attention, losses, segments
 from veneer.model import probe as probing
+from veneer.model.buckets import Buckets
 from veneer.model.load import prepare
 from veneer.model.packed import running, wiring_of
 from veneer.model.probe import TOLERANCE, probe
@@ -45,7 +46,7 @@ def test_a_model_that_amplifies_rounding_is_measured_by_its_own(model, monkeypat
     model.to(torch.bfloat16)
     monkeypatch.setitem(TOLERANCE, torch.bfloat16, 1e-9)  # as if rounding were always too much
     probe(model)
-    with mock.patch.object(attention, "Buckets", NoMask), pytest.raises(ModelError, match="first of three packed"):
+    with mock.patch.object(segments, "Buckets", NoMask), pytest.raises(ModelError, match="first of three packed"):
         probe(model)
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(type(model), "_supports_sdpa", False)  # no second attention to measure by
@@ -56,33 +57,33 @@ def test_a_model_that_amplifies_rounding_is_measured_by_its_own(model, monkeypat
 TO_GRADIENTS = losses.cross_entropy_
 
 
-class NoMask(attention.Buckets):
+class NoMask(Buckets):
     def _mask(self, sizes):
         return torch.zeros_like(super()._mask(sizes))
 
 
-class OneSegment(attention.Buckets):
-    def __init__(self, stream, kv_heads):
-        super().__init__(pack([[1] * sum(stream.lengths)]), kv_heads)
+class OneSegment(Buckets):
+    def __init__(self, stream, *rest):
+        super().__init__(pack([[1] * sum(stream.lengths)]), *rest)
 
 
-class NoChains(attention.Buckets):
-    def __init__(self, stream, kv_heads):
-        super().__init__(dataclasses.replace(stream, parents=()), kv_heads)
+class NoChains(Buckets):
+    def __init__(self, stream, *rest):
+        super().__init__(dataclasses.replace(stream, parents=()), *rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "broken, message",
     [
-        (mock.patch.object(attention, "Buckets", NoMask), "first of three packed sequences.*second of three"),
-        (mock.patch.object(attention, "Buckets", OneSegment), "third of three packed sequences"),
-        (mock.patch.object(attention, "Buckets", NoChains), "first of three packed sequences.*second of three"),
+        (mock.patch.object(segments, "Buckets", NoMask), "first of three packed sequences.*second of three"),
+        (mock.patch.object(segments, "Buckets", OneSegment), "third of three packed sequences"),
+        (mock.patch.object(segments, "Buckets", NoChains), "first of three packed sequences.*second of three"),
         (
             mock.patch.object(losses, "cross_entropy_", lambda *args: TO_GRADIENTS(*args) * 1.3),
             "loss in chunks differs",
         ),
-        (mock.patch.object(attention, "_segments", side_effect=KeyError("lost")), "packed forward failed.*lost"),
+        (mock.patch.object(attention, "attend_segments", side_effect=KeyError("lost")), "packed forward failed.*lost"),
     ],
     ids=["mask", "borders", "chains", "head", "crash"],
 )

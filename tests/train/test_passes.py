@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
-from veneer.model.attention import varlen_of
+from veneer.model.varlen import varlen_of
 from veneer.train.passes import (
     GRAPHS,
     REMEMBERED,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.cross_entropy import cross_entropy_
+from veneer.model.head import Head, head_of
 from veneer.model.packed import hidden_states, running
 from veneer.model.stream import EVEN, Stream, pack
 
@@ -58,7 +59,7 @@ def cross_entropy(model: nn.Module, stream: Stream, targets: Targets) -> tuple[T
     """
     # In float32: a row that several sequences predict from gets the sum of their gradients, rounded once.
     hidden_MD = hidden_states(model).float().index_select(0, targets.rows_M)
-    nll_M = head_nll(hidden_MD, model.get_output_embeddings(), targets.tokens_M)
+    nll_M = head_nll(hidden_MD, head_of(model), targets.tokens_M)
     zeros = torch.zeros(len(stream.sequences), device=nll_M.device)
     sums_N = zeros.index_add(0, targets.sequences_M, nll_M)
     return sums_N, zeros.index_add(0, targets.sequences_M, torch.ones_like(nll_M))
@@ -69,33 +70,37 @@ def chunk_of(rows: int, on_gpu: bool) -> int:
     return min(max(CHUNK, -(-rows // CHUNKS)), MOST) if on_gpu else CHUNK
 
 
-def head_nll(hidden_MD: Tensor, head: nn.Linear, tokens_M: Tensor) -> Tensor:
-    """-log softmax(hidden · head')[token], (M) in float32, through a frozen head."""
-    return _HeadNLL.apply(hidden_MD, head.weight, head.bias, tokens_M)
+def head_nll(hidden_MD: Tensor, head: Head, tokens_M: Tensor) -> Tensor:
+    """-log softmax(head(hidden))[token], (M) in float32, through a frozen head."""
+    return _HeadNLL.apply(hidden_MD, head, tokens_M)
 
 
 class _HeadNLL(torch.autograd.Function):
     """The gradient for `hidden` is made while the logits of its chunk exist; backward only scales its rows."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_M: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
+    def forward(ctx: Any, hidden_MD: Tensor, head: Head, tokens_M: Tensor) -> Tensor:
+        wanted, weight_VD = ctx.needs_input_grad[0], head.linear.weight
         nll_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
         grad_MD = torch.empty_like(hidden_MD) if wanted else None
         chunk = chunk_of(len(hidden_MD), hidden_MD.is_cuda)
         for start in range(0, len(hidden_MD), chunk):
             rows = slice(start, start + chunk)
-            logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, bias_V)
+            logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, head.linear.bias)
+            logits_MV, slope_MV = head.shaped(logits_MV)
             nll_M[rows] = cross_entropy_(logits_MV, tokens_M[rows], wanted)
             if grad_MD is not None:
-                grad_MD[rows] = (logits_MV @ weight_VD).to(grad_MD.dtype)
+                g_MV = logits_MV if slope_MV is None else logits_MV.mul_(slope_MV)
+                grad_MD[rows] = (g_MV @ weight_VD).to(grad_MD.dtype)
+        if grad_MD is not None and head.scale != 1.0:
+            grad_MD *= head.scale
         ctx.save_for_backward(grad_MD)
         return nll_M
 
     @staticmethod
     def backward(ctx: Any, g_M: Tensor) -> tuple[Any, ...]:
         (grad_MD,) = ctx.saved_tensors
-        return (grad_MD * g_M[:, None].to(grad_MD.dtype)), None, None, None
+        return (grad_MD * g_M[:, None].to(grad_MD.dtype)), None, None
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from veneer.bases.base import Base
 from veneer.errors import ModelError
-from veneer.model.attention import ATTENTION, varlen_of
+from veneer.model.attention import ATTENTION
 from veneer.model.siblings import Waiting
 from veneer.model.stream import Span, Stream
 from veneer.model.unread import Unread
+from veneer.model.varlen import varlen_of
 
 if TYPE_CHECKING:
     from veneer.model.leaf import Leaf

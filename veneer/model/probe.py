@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ModelError
+from veneer.model.attention import witnessed
+from veneer.model.head import head_of
 from veneer.model.losses import head_nll
 from veneer.model.packed import attending_by, hidden_states, running, wiring_of
 from veneer.model.stream import SHARED, pack
@@ -49,6 +51,7 @@ def probe(model: nn.Module) -> None:
         faults = _faults(packed, alone, model.dtype, _rounding(model, sequences, alone, device))
         faults += _head_faults(model, sequences[0], alone[0], device)
     faults += _loss_faults(nll, packed[0], sequences[0], TOLERANCE[model.dtype])
+    faults = faults or _mask_faults(model, sequences[0], device)
     if faults:
         _check_finite(model)
         wiring_of(model).fault = "; ".join(faults)
@@ -81,10 +84,19 @@ def _packed(model: nn.Module, sequences: list[list[int]], device: torch.device) 
     stream = pack(sequences, device=device, share=True)
     with running(model, stream):
         hidden_TD = hidden_states(model)
-    head = model.get_output_embeddings()
+    head = head_of(model)
     rows = [torch.tensor(stream.rows_of(segment), device=device) for segment in stream.sequences]
     targets = torch.tensor(sequences[0][1:], device=device)
     return [head(hidden_TD[here]).float() for here in rows], head_nll(hidden_TD[rows[0][:-1]], head, targets)
+
+
+@torch.no_grad()
+def _mask_faults(model: nn.Module, sequence: list[int], device: torch.device) -> list[str]:
+    """What a dozen tokens cannot show: a mask that hides keys farther back, and that its layers do not tell of."""
+    stream = pack([sequence], device=device)
+    with running(model, stream), witnessed() as witness:
+        hidden_states(model)
+    return [f"its attention layers do not tell of {fault}" for fault in sorted(witness.untold)]
 
 
 @torch.no_grad()
@@ -123,7 +135,7 @@ def _faults(packed: list[Tensor], alone: list[Tensor], dtype: torch.dtype, toler
 def _head_faults(model: nn.Module, sequence: list[int], wanted_TV: Tensor, device: torch.device) -> list[str]:
     """Depth amplifies what layers round, never what comes after them: the head is held to the ordinary tolerance."""
     out = model.base_model(input_ids=torch.tensor([sequence], device=device), use_cache=False)
-    error = _error(model.get_output_embeddings()(out[0][0]).float(), wanted_TV, model.dtype)
+    error = _error(head_of(model)(out[0][0]).float(), wanted_TV, model.dtype)
     return [] if error < TOLERANCE[model.dtype] else [f"its logits are {error:.1%} off those of its vocabulary head"]
 
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.model.attention import Varlen, varlen_of
 from veneer.model.losses import Targets, cross_entropy, targets_of
 from veneer.model.packed import running, whole
 from veneer.model.stream import EVEN, Span, Stream, pack
+from veneer.model.varlen import Varlen, varlen_of
 
 GRAPHS = 8  # shapes that are kept; each holds some megabytes beside the memory that all share
 REMEMBERED = 64  # shapes without one; a few tensors of ids each
