@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import veneer
 from veneer.adapter.callback import AdapterCallback
 from veneer.data.chat import Template, encode_rows
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name, default in {"base-model": "smollm2", "dataset": "train.jsonl", "output-dir": "out/trainer"}.items():

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 import veneer
 from veneer.adapter.callback import AdapterCallback
 from veneer.data.chat import conversation
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 
 parser = argparse.ArgumentParser(description=__doc__)
 for name, default in {"base-model": "smollm2", "dataset": "train.jsonl", "output-dir": "out/trl"}.items():

@@ -8,7 +8,7 @@ import json
 
 import veneer
 from veneer.data.chat import Template, conversation
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 from veneer.evaluate.run import evaluate
 from veneer.merge.into_base import merge_into_base
 from veneer.train.run import train

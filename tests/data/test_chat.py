@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.data.chat import Conversation, Template, conversation, encode_rows
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 from veneer.errors import DataError
 
 FREE_TEXT = st.text(st.sampled_from("ab 1\n\té中🙂.\r\u2028"), max_size=12)

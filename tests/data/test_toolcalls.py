@@ -10,7 +10,7 @@ import pytest
 
 from veneer.data import toolcalls
 from veneer.data.chat import Template, encode_rows
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 from veneer.data.toolcalls import FUNCTIONS, OPENING, VALUES, call, rows, write
 from veneer.errors import DataError
 

@@ -31,8 +31,8 @@ def _preview(argv: Sequence[str]) -> int:
     parsed = parse(argv, COMMAND)
     settings = parsed.settings
     from veneer.data.chat import Template, encode_rows
+    from veneer.data.files import read_rows
     from veneer.data.preview import preview, summary
-    from veneer.data.sources import read_rows
     from veneer.model.load import load_tokenizer
 
     rows = read_rows(settings.dataset)

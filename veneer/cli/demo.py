@@ -87,7 +87,7 @@ def _clear(folder: Path) -> None:
 
 
 def _evaluate(loaded: Any, test: Path, adapter: Path) -> Result:
-    from veneer.data.sources import read_rows
+    from veneer.data.files import read_rows
     from veneer.evaluate.run import evaluate
 
     result = evaluate(
@@ -112,7 +112,7 @@ def _evaluate(loaded: Any, test: Path, adapter: Path) -> Result:
 
 def _generate(merged: Path, test: Path) -> None:
     from veneer.data.chat import Template, conversation
-    from veneer.data.sources import read_rows
+    from veneer.data.files import read_rows
     from veneer.model.generate import generate
     from veneer.model.load import load
 

@@ -49,7 +49,7 @@ def decoding(settings: DecodingSettings) -> dict[str, Any]:
 
 def _conversations(settings: GenerateSettings) -> list[Conversation]:
     from veneer.data.chat import Conversation, conversation
-    from veneer.data.sources import read_rows
+    from veneer.data.files import read_rows
 
     if settings.dataset is None:
         text = sys.stdin.read().rstrip("\n") if settings.prompt == "-" else settings.prompt

@@ -53,7 +53,9 @@ class DataSettings(Settings):
 
     group: ClassVar[str] = "Data"
 
-    dataset: File = Field(description="training rows, a .jsonl file: prompt and completion, or messages")
+    dataset: File = Field(
+        description="training rows: .jsonl, .json, .csv, .tsv or .parquet, with prompt and completion, or messages"
+    )
     eval_dataset: File | None = Field(default=None, description="validation rows in a file of their own")
     validation_split: RowsOrFraction = Field(
         default=0.05,

@@ -77,7 +77,7 @@ class EvalSettings(BaseSettings):
 
     group: ClassVar[str] = "Evaluation"
 
-    dataset: File = Field(description="rows to evaluate on, a .jsonl file")
+    dataset: File = Field(description="rows to evaluate on, a data file as for train")
     adapter: Folders = Field(default=[], description="adapter folders; none: the base alone")
     metrics: Annotated[Names, Field(min_length=1)] = Field(
         default=["loss", "perplexity", "exact_match"], description="what to measure"
@@ -100,7 +100,7 @@ class GenerateSettings(DecodingSettings, BaseSettings):
     group: ClassVar[str] = "Input"
 
     prompt: Text | None = Field(default=None, description="what the user says; - reads standard input")
-    dataset: File | None = Field(default=None, description="answer every row of a .jsonl file instead")
+    dataset: File | None = Field(default=None, description="answer every row of a data file instead")
     limit: Positive | None = Field(default=None, description="only the first N rows of the dataset")
     adapter: Folder | None = Field(default=None, description="adapter folder; default: the base alone")
     system_prompt: Text | None = Field(
@@ -142,7 +142,7 @@ class PreviewSettings(Settings):
 
     group: ClassVar[str] = "Preview"
 
-    dataset: File = Field(description="rows to look at, a .jsonl file")
+    dataset: File = Field(description="rows to look at, a data file as for train")
     base_model: ModelName = Field(
         description="whose tokenizer and chat template: hub id, folder, GGUF file, or smollm2"
     )

@@ -8,13 +8,15 @@ template that only ever appends; a template or a row for which that fails on the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from veneer.data.sources import WANTED_ROW, Conversation, Message, conversation, read_conversation, shortened
+from veneer.data.files import shortened
+from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation, read_conversation, renamed
 from veneer.errors import DataError, listed
 
 __all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows"]
@@ -224,7 +226,8 @@ def _conversations(rows: Sequence[Mapping[str, Any]], faults: dict[int, str]) ->
 def _notes(
     rows: Sequence[Mapping[str, Any]], examples: list[Example], template: Template, max_length: int
 ) -> list[str]:
-    notes = []
+    told = Counter(note for row in rows for note in [renamed(row)[1]] if note)
+    notes = [f"{note} in {count:,} rows" for note, count in told.items()]
     if count := sum(bool(row.get("instruction")) and "messages" not in row for row in rows):
         notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\\n\\n{{prompt}}")
     cut = [example.dropped for example in examples if example.dropped]

@@ -11,7 +11,7 @@ from pathlib import Path
 from veneer.adapter.attach import attach, storage_note
 from veneer.adapter.card import Adapter
 from veneer.config import EvalSettings
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 from veneer.errors import ConfigError
 from veneer.evaluate.metrics import check_names
 from veneer.evaluate.run import Result, evaluate

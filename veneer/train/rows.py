@@ -8,7 +8,7 @@ from typing import Any
 from veneer.config import RunConfig
 from veneer.data.batches import split
 from veneer.data.chat import EncodedRows, Example, Template, encode_rows
-from veneer.data.sources import read_rows
+from veneer.data.files import read_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,33 @@
-"""Data files: JSON Lines to rows, and a row to the conversation that it spells."""
+"""A data row to the conversation that it spells: the layouts that data sets come in."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from veneer.data.files import kind_of
 from veneer.errors import DataError, listed, nearest
 
 Message = dict[str, Any]
 Layout = Literal["prompt_completion", "messages"]
 
-SUFFIXES = (".jsonl", ".ndjson")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHOWN = 5  # faults named one by one in a message; the rest is counted
-WANTED_FILE = "Wanted: a .jsonl file in UTF-8 with one JSON object on each line."
-WANTED_ROW = "Wanted: `prompt` and `completion`, or `messages` (objects with `role` and `content`), with a reply."
+# What ShareGPT's descendants call them.
+_OTHER_ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response", "ipython"), "tool"),
+}
+# Two columns that are prompt and completion under other names, the first that a row has.
+_PAIRS = (
+    *(("question", "answer"), ("query", "response"), ("problem", "solution"), ("source", "target")),
+    *(("input", "output"), ("document", "summary"), ("dialogue", "summary"), ("article", "highlights")),
+)
+WANTED_ROW = (
+    "Wanted: `prompt` and `completion` (or a pair such as question and answer, instruction and output), or `messages` "
+    "(objects with `role` and `content`), with a reply. Next: rename columns; `veneer data preview` shows what is read."
+)
 
 
 @dataclass(frozen=True)
@@ -34,34 +44,13 @@ class Conversation:
         return turns[-1:] if self.layout == "prompt_completion" else turns
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """All rows of a JSON Lines file, in file order; blank lines are skipped.
-
-    Raises DataError where the file is missing, a folder, of another kind, empty, or has lines that are not JSON
-    objects; all such lines are counted and the first few named with their line numbers.
-    """
-    file = _checked(Path(path))
-    rows: list[dict[str, Any]] = []
-    faults: list[str] = []
-    for number, line in enumerate(_content(file).split(b"\n"), start=1):
-        if line.strip():
-            row, fault = _parsed(line)
-            rows.append(row)
-            faults += [f"line {number}: {fault}"] if fault else []
-    if faults:
-        headline = f"{file}: {len(faults):,} of {len(rows):,} lines cannot be read:"
-        raise DataError(listed(headline, shortened(faults), WANTED_FILE))
-    if not rows:
-        raise DataError(f"{file} is empty: it has no rows. {WANTED_FILE}")
-    return rows
-
-
 def conversation(row: Mapping[str, Any], where: str) -> Conversation:
     """The conversation in a data row; raises DataError with all that is wrong with it, `where` naming the row.
 
     prompt + completion become a user's and an assistant's turn; each may also be a message, the prompt a list of them.
-    `instruction` (and alpaca's `input`) stand before the prompt, apart by an empty line; `output` may stand for
-    `completion` beside an instruction. What follows the last assistant's turn in `messages` is left out.
+    `instruction` (and alpaca's `input`, Dolly's `context`) stand before the prompt, apart by an empty line; `output` or
+    `response` may stand for `completion` beside an instruction. `conversations` with `from` and `value` are messages,
+    and some pairs of columns prompt and completion (`renamed`). What follows the last assistant's turn is left out.
     """
     faults: list[str] = []
     result = read_conversation(row, faults)
@@ -72,6 +61,7 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
 
 def read_conversation(row: Mapping[str, Any], faults: list[str]) -> Conversation | None:
     """As `conversation`, for many rows: None and the reasons added to `faults`, where `conversation` raises."""
+    row, _ = renamed(row)
     answer = "output" if "instruction" in row and "completion" not in row else "completion"
     messages: list[Message] = []
     layout: Layout = "messages"
@@ -91,50 +81,36 @@ def read_conversation(row: Mapping[str, Any], faults: list[str]) -> Conversation
     return None if faults else Conversation(tuple(messages), references, layout)
 
 
-def shortened(faults: list[str]) -> list[str]:
-    """The first faults and the count of the others."""
-    rest = len(faults) - SHOWN
-    return faults[:SHOWN] + ([f"and {rest:,} more"] if rest > 0 else [])
+def renamed(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """The row under our names, and what to tell the user of it: None where it has them already."""
+    if "messages" in row or "completion" in row:
+        return row, None
+    if isinstance(row.get("conversations"), list):
+        return {**row, "messages": [_plain_turn(turn) for turn in row["conversations"]]}, (
+            "`conversations` are read as messages"
+        )
+    if "instruction" in row:
+        if "response" not in row or "output" in row:
+            return row, None
+        told = "`response` is the completion"
+        context = {"input": row["context"]} if row.get("context") and "input" not in row else {}
+        told += ", `context` stands before the prompt" if context else ""
+        return {**row, **context, "output": row["response"]}, told
+    names = {name.lower(): name for name in row}
+    for pair in (("prompt", "completion"), *_PAIRS):
+        if pair[0] in names and pair[1] in names and "prompt" not in row:
+            prompt, completion = names[pair[0]], names[pair[1]]
+            told = f"`{prompt}` is the prompt and `{completion}` the completion"
+            return {**row, "prompt": row[prompt], "completion": row[completion]}, told
+    return row, None
 
 
-def _checked(file: Path) -> Path:
-    if file.is_dir():
-        found = sorted(entry.name for entry in file.iterdir() if entry.suffix in SUFFIXES)
-        inside = f" It holds {', '.join(found[:SHOWN])}." if found else ""
-        raise DataError(f"{file} is a folder, not a data file.{inside} {WANTED_FILE}")
-    if not file.exists():
-        raise DataError(f"{file} does not exist.{_alternatives(file)} {WANTED_FILE}")
-    if file.suffix.lower() not in SUFFIXES:
-        kind = f"of kind {file.suffix!r}" if file.suffix else "without a suffix"
-        raise DataError(f"{file} is a file {kind}, which is not read. {WANTED_FILE}")
-    return file
-
-
-def _alternatives(file: Path) -> str:
-    if not file.parent.is_dir():
-        return f" Neither does the folder {file.parent}."
-    near = nearest(file.name, (entry.name for entry in file.parent.iterdir()))
-    return f" Did you mean {' or '.join(near)}?" if near else ""
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # some editors write a byte order mark
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from error
-
-
-def _parsed(line: bytes) -> tuple[dict[str, Any], str]:
-    """The object on a line and an empty string, or nothing and what is wrong with it."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}"
-    except (ValueError, RecursionError) as error:  # ValueError: broken JSON, or a number of too many digits
-        return {}, f"broken JSON: {error}"
-    if not isinstance(row, dict):
-        return {}, f"got {_kind(row)}, wanted an object"
-    return row, ""
+def _plain_turn(turn: Any) -> Any:
+    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
+        return turn
+    role = turn["from"]
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {**rest, "role": _OTHER_ROLES.get(role, role) if isinstance(role, str) else role, "content": turn["value"]}
 
 
 def _prompt(row: Mapping[str, Any], faults: list[str]) -> list[Message]:
@@ -172,14 +148,14 @@ def _messages(value: Any, field: str, role: str | None, faults: list[str]) -> li
         return [_message(value, field, faults)]
     if isinstance(value, list) and value:
         return [_message(item, f"{field}[{i}]", faults) for i, item in enumerate(value)]
-    faults.append(f"`{field}` is {_kind(value)}, wanted {'text or ' if role else ''}a list of messages")
+    faults.append(f"`{field}` is {kind_of(value)}, wanted {'text or ' if role else ''}a list of messages")
     return []
 
 
 def _message(value: Any, field: str, faults: list[str]) -> Message:
     """The message with its content as plain text; of no use where `faults` grew."""
     if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
-        faults.append(f"`{field}` is {_kind(value)}, wanted an object with `role` and `content`")
+        faults.append(f"`{field}` is {kind_of(value)}, wanted an object with `role` and `content`")
         return {"role": "", "content": ""}
     role, content = value["role"], _text(value["content"])
     if role not in ROLES:
@@ -187,7 +163,7 @@ def _message(value: Any, field: str, faults: list[str]) -> Message:
         meant = f"; did you mean {near[0]!r}?" if near else ""
         faults.append(f"`{field}` has the role {role!r}, wanted one of {', '.join(ROLES)}{meant}")
     if content is None:
-        faults.append(f"`{field}` holds {_kind(value['content'])}, wanted valid Unicode text")
+        faults.append(f"`{field}` holds {kind_of(value['content'])}, wanted valid Unicode text")
     elif role == "assistant" and not content.strip():
         faults.append(f"`{field}` is empty: there is nothing to learn")
     return {**value, "content": content}
@@ -198,7 +174,7 @@ def _references(value: Any, reply: str, faults: list[str]) -> tuple[str, ...]:
     references = [reply] if value is None else value
     if isinstance(references, list) and references and all(isinstance(text, str) for text in references):
         return tuple(references)
-    faults.append(f"`references` is {_kind(value)}, wanted a list of at least one text")
+    faults.append(f"`references` is {kind_of(value)}, wanted a list of at least one text")
     return ()
 
 
@@ -214,10 +190,3 @@ def _text(content: Any) -> str | None:
     except UnicodeEncodeError:  # no tokenizer takes half a surrogate pair, though JSON can spell one
         return None
     return content
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    names = {"NoneType": "null", "bool": "a truth value", "int": "a number", "float": "a number"}
-    names |= {"str": "text", "list": "a list" if value else "an empty list", "dict": "an object"}
-    return names.get(type(value).__name__, type(value).__name__)

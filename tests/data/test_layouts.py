@@ -1,15 +1,15 @@
-"""Reading files and rows: what is accepted, and that every fault is named at once."""
+"""Rows to conversations: what is accepted, and that every fault is named at once."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.data.sources import conversation, read_rows
+from veneer.data.files import read_rows
+from veneer.data.layouts import conversation, renamed
 from veneer.errors import DataError
 
 JSON_VALUES = st.recursive(
@@ -23,85 +23,11 @@ MESSAGES = st.lists(
 )
 
 
-def written(folder: Path, content: bytes, name: str = "rows.jsonl") -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
 def refusal(row: dict[str, object]) -> str:
     with pytest.raises(DataError) as caught:
         conversation(row, "rows.jsonl, row 7")
     assert str(caught.value).startswith("rows.jsonl, row 7 ")
     return str(caught.value)
-
-
-@given(
-    rows=st.lists(st.dictionaries(st.text(), JSON_VALUES, max_size=4), min_size=1, max_size=5), escaped=st.booleans()
-)
-def test_what_json_writes_is_read_back(tmp_path_factory, rows, escaped):
-    text = "\n".join(json.dumps(row, ensure_ascii=escaped) for row in rows)
-    encoded = text.encode("utf-8", "surrogatepass")
-    if b"\xed\xa0" not in encoded and _is_utf8(encoded):
-        assert read_rows(written(tmp_path_factory.mktemp("rows"), encoded)) == rows
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def test_line_ends_blank_lines_and_byte_order_mark(tmp_path):
-    content = b'\xef\xbb\xbf{"a": "x\xe2\x80\xa8y"}\r\n\n  \n{"a": 2}'  # U+2028 ends no line
-    assert read_rows(written(tmp_path, content)) == [{"a": "x\u2028y"}, {"a": 2}]
-
-
-def test_all_broken_lines_are_counted_and_the_first_named_by_number(tmp_path):
-    content = b'{"a": 1}\n\n{"a": \n[1]\nnull\n\xff\n' + b"x\n" * 4
-    with pytest.raises(DataError) as caught:
-        read_rows(written(tmp_path, content))
-    message = str(caught.value)
-    assert "8 of 9 lines" in message
-    assert "line 3: broken JSON" in message
-    assert "line 4: got a list, wanted an object" in message
-    assert "line 5: got null" in message
-    assert "line 6: not UTF-8: byte 0xff at position 1" in message
-    assert "line 8" not in message
-    assert "and 3 more" in message
-
-
-@pytest.mark.parametrize("line", [b"[" * 200_000, b'{"a": ' + b"9" * 5000 + b"}"])
-def test_json_that_python_gives_up_on_is_broken_json(tmp_path, line):
-    with pytest.raises(DataError, match="line 1: broken JSON"):
-        read_rows(written(tmp_path, line))
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_an_empty_file_is_refused(tmp_path, content):
-    with pytest.raises(DataError, match=r"rows\.jsonl is empty: it has no rows"):
-        read_rows(written(tmp_path, content))
-
-
-def test_a_missing_file_names_its_neighbours(tmp_path):
-    written(tmp_path, b"{}", "train.jsonl")
-    with pytest.raises(DataError, match=r"trian\.jsonl does not exist\. Did you mean train\.jsonl\?"):
-        read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="Neither does the folder"):
-        read_rows(tmp_path / "nowhere" / "train.jsonl")
-
-
-def test_a_folder_says_what_it_holds(tmp_path):
-    written(tmp_path, b"{}", "train.jsonl")
-    with pytest.raises(DataError, match=r"is a folder, not a data file\. It holds train\.jsonl\."):
-        read_rows(tmp_path)
-
-
-@pytest.mark.parametrize(("name", "said"), [("rows.csv", r"of kind '\.csv'"), ("rows", "without a suffix")])
-def test_other_kinds_of_file_are_refused(tmp_path, name, said):
-    with pytest.raises(DataError, match=said):
-        read_rows(written(tmp_path, b"{}", name))
 
 
 def test_prompt_and_completion():
@@ -215,3 +141,47 @@ def test_real_files(shared_data, name):
     assert len(found) >= 100
     for row, conv in zip(rows, found, strict=True):
         assert list(conv.references) == row.get("references", [conv.messages[-1]["content"]])
+
+
+@pytest.mark.parametrize(
+    ("row", "user", "reply"),
+    [
+        ({"question": "2+2", "answer": "4"}, "2+2", "4"),
+        ({"query": "2+2", "response": "4"}, "2+2", "4"),
+        ({"Question": "2+2", "ANSWER": "4"}, "2+2", "4"),
+        ({"Prompt": "2+2", "Completion": "4"}, "2+2", "4"),
+        ({"input": "2+2", "output": "4"}, "2+2", "4"),
+        ({"dialogue": "A: hi", "summary": "A greets."}, "A: hi", "A greets."),
+        ({"instruction": "Add.", "context": "", "response": "4", "category": "qa"}, "Add.", "4"),
+        ({"instruction": "Add.", "context": "2+2", "response": "4"}, "Add.\n\n2+2", "4"),
+    ],
+)
+def test_columns_of_other_names_are_prompt_and_completion_and_it_is_said(row, user, reply):
+    found = conversation(row, "row")
+    assert [message["content"] for message in found.messages] == [user, reply] and found.trained_turns() == [1]
+    assert "completion" in (renamed(row)[1] or "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b", "question": "c", "answer": "d"},
+        {"instruction": "a", "output": "b", "response": "c"},
+        {"messages": [USER, REPLY], "conversations": []},
+    ],
+)
+def test_our_own_names_go_before_others(row):
+    assert renamed(row) == (row, None)
+
+
+def test_sharegpt_conversations_are_messages():
+    turns = [("system", "s"), ("human", "q"), ("function_call", "{}"), ("observation", "1"), ("gpt", "a")]
+    row = {"conversations": [{"from": role, "value": text, "weight": 1} for role, text in turns]}
+    found = conversation(row, "row")
+    roles = ["system", "user", "assistant", "tool", "assistant"]
+    assert [(m["role"], m["content"], m["weight"]) for m in found.messages] == [
+        (role, text, 1) for role, (_, text) in zip(roles, turns, strict=True)
+    ]
+    assert found.trained_turns() == [2, 4]
+    for broken in ([{"from": "alien", "value": "x"}], [{"value": "x"}], ["x"], [{"from": ["a"], "value": "x"}]):
+        assert "`messages[0]`" in refusal({"conversations": [*broken, {"from": "gpt", "value": "a"}]})
