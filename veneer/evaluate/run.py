@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 from veneer.data.chat import Conversation, Example, Template, conversation, encode_rows
-from veneer.data.layouts import shortened
+from veneer.data.files import shortened
 from veneer.errors import ConfigError, DataError, ModelError, listed
 from veneer.evaluate import metrics as measures
 from veneer.evaluate.metrics import LIKELIHOOD, Score
