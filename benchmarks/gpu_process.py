@@ -31,7 +31,7 @@ def run(spec: Spec, limit: float = LIMIT) -> Result:
     made = read(words, environment(spec.system), limit)
     for line in made.pop("traceback", []):
         print(f"    {line}", file=sys.stderr)
-    return {**made, "variant": spec.variant, "cold": cold}
+    return {**made, "variant": spec.variant, "spec": spec.__dict__, "cold": cold}
 
 
 def read(words: list[str], variables: Mapping[str, str] | None = None, limit: float = LIMIT) -> Result:

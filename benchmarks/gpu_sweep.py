@@ -17,6 +17,7 @@ from benchmarks.gpu_spec import Spec, flop_per_token, ideal_seconds_per_token
 
 SCAN_STEPS = 8
 NO_TIME = "no time left"
+STEPS = {"steps": None}  # of a spec: what may differ between a trial and another of the same
 MEMORY = ("peak_gib", "driver_gib")  # of the allocator's tensors, and of all that the process holds
 Run = Callable[[Spec], Result]
 Runs = dict[str, list[Result]]
@@ -41,13 +42,14 @@ class Clock:
 def scan(
     row: Row, known: dict[str, list[Result]], run: Run, clock: Clock, expected: float = 60.0
 ) -> dict[str, list[Result]]:
-    """Every variant once, a few steps each, unless it is among the trials that are `known` or there is no choice."""
+    """Every variant once, a few steps each, unless it is among the trials that are `known` or there is no choice. The
+    system whose memory bounds ours goes first."""
     trials: dict[str, list[Result]] = {}
-    for system, tried in known.items():
+    for system, tried in sorted(known.items(), key=lambda item: item[0] != row.within):
         specs = row.candidates(system, SCAN_STEPS)
         trials[system] = []
         for spec in specs if len(specs) > 1 or system == row.within else []:
-            made = next((one for one in tried if one.get("variant") == spec.variant), None)
+            made = next((one for one in tried if one.get("spec", {}) | STEPS == spec.__dict__ | STEPS), None)
             if made is None and not clock.fits(expected):
                 made = {"failed": NO_TIME, "variant": spec.variant}
             elif made is None:
@@ -67,11 +69,13 @@ def choose(trials: Sequence[Result], bound: Result | None = None) -> Result | No
 
 
 def chosen(row: Row, trials: dict[str, list[Result]]) -> dict[str, Spec]:
-    """System -> its best variant; systems of which none worked are left out."""
+    """System -> its best variant; systems of which none worked are left out, and ours where what bounds it has not."""
     bound = choose(trials.get(row.within or "", []))
     picked = {}
     for system, tried in trials.items():
         specs = row.candidates(system, SCAN_STEPS)
+        if is_ours(system) and row.within is not None and bound is None:
+            continue
         best = choose(tried, bound if is_ours(system) else None)
         if best is not None:
             picked[system] = next(spec for spec in specs if spec.variant == best["variant"])

@@ -33,7 +33,7 @@ def made(speed: float, peak: float, **more: Any) -> dict[str, Any]:
 def fake(table: dict[tuple[str, str, int], dict[str, Any]], seen: list[Spec]) -> Callable[[Spec], dict[str, Any]]:
     def run(spec: Spec) -> dict[str, Any]:
         seen.append(spec)
-        return {**table[spec.system, spec.recompute, spec.batch], "variant": spec.variant}
+        return {**table[spec.system, spec.recompute, spec.batch], "variant": spec.variant, "spec": spec.__dict__}
 
     return run
 
@@ -58,7 +58,7 @@ def test_the_fastest_that_fits_wins_and_where_none_fits_the_smallest() -> None:
 def test_a_scan_tries_every_variant_and_the_bound_comes_from_the_peer() -> None:
     seen: list[Spec] = []
     trials = scan(ROW, UNTRIED, fake(TABLE, seen), Clock(None))
-    assert [spec.system for spec in seen] == ["ours-nf4", "ours-nf4", "ours-nf4", "qlora-unsloth"]
+    assert [spec.system for spec in seen] == ["qlora-unsloth", "ours-nf4", "ours-nf4", "ours-nf4"]
     assert all(spec.steps == SCAN_STEPS for spec in seen)
     assert chosen(ROW, trials)["ours-nf4"].variant == {"batch": 4, "passes": 1, "recompute": "layers", "compile": True}
     assert chosen(ROW, trials)["qlora-peft"] == ROW.candidates("qlora-peft", SCAN_STEPS)[0]  # no choice, no trial
@@ -80,8 +80,9 @@ def test_no_run_is_begun_that_would_outlast_the_budget() -> None:
     clock = Clock(100.0, lambda: next(now))
     trials = scan(ROW, UNTRIED, fake(TABLE, seen), clock, expected=60.0)
     assert len(seen) == 2  # the third would begin at 80 s and take 30
-    assert [t.get("failed") for t in trials["ours-nf4"]] == [None, None, NO_TIME]
-    assert trials["qlora-unsloth"][0]["failed"] == NO_TIME
+    assert [t.get("failed") for t in trials["ours-nf4"]] == [None, NO_TIME, NO_TIME]
+    trials["qlora-unsloth"] = [{"failed": NO_TIME}]
+    assert "ours-nf4" not in chosen(ROW, trials)  # nothing bounds it
 
 
 def test_rounds_rotate_and_run_the_asked_number_of_steps() -> None:

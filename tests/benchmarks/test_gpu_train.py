@@ -31,7 +31,11 @@ def measured(held: dict[str, Any], name: str, speeds: dict[str, float], **change
     def run(spec: Spec) -> dict[str, Any]:
         seen.append(spec)
         speed = speeds[spec.system]
-        return {**(result(speed * spec.batch) if speed else {"oom": "CUDA out of memory"}), "variant": spec.variant}
+        return {
+            **(result(speed * spec.batch) if speed else {"oom": "CUDA out of memory"}),
+            "variant": spec.variant,
+            "spec": spec.__dict__,
+        }
 
     options = argparse.Namespace(**{"systems": list(speeds), "reuse": False, "rounds": 2, "steps": 9} | changes)
     gpu_train.measure(held, name, options, Clock(None), lambda: None, run)

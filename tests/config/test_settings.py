@@ -140,3 +140,13 @@ def test_python_callers_get_the_same_error_for_the_right_option() -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         LoraSettings().r = 3
+
+
+def test_a_mapping_where_a_value_is_wanted_names_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"dtype: got \{'a': 1\}, wanted"):
+        RunConfig.from_flat({**GIVEN, "dtype": {"a": 1}})
+
+
+def test_a_fault_of_several_options_names_them() -> None:
+    with pytest.raises(ConfigError, match="  - optimizer_in_bwd does not go with max_grad_norm"):
+        RunConfig.from_flat({**GIVEN, "optimizer_in_bwd": True})

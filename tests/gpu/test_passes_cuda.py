@@ -6,6 +6,7 @@ Eager on the GPU is itself checked against float32 on the CPU in test_packed_cud
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -151,3 +152,39 @@ def test_storages_compiled(model, name):
             assert (found[1] - wanted[1]).norm() <= 2**-3 * wanted[1].norm()
         else:
             near(found, wanted)
+
+
+def test_updates_in_backward_are_the_steps_of_all_at_once(model):
+    """Compiled and recomputed, in the loop: its steps are not recorded, since each has another rate."""
+    from veneer.config import TrainSettings
+    from veneer.data.chat import Example
+    from veneer.train.fit import fit
+    from veneer.train.job import Job
+    from veneer.train.loop import loop
+    from veneer.train.ranks import ALONE
+
+    found = []
+    start = [p.detach().clone() for method in methods_of(model, "default").values() for p in method.parameters()]
+    for in_backward in (True, False):
+        methods = methods_of(model, "default")
+        for value, p in zip(start, [p for method in methods.values() for p in method.parameters()], strict=True):
+            p.data, p.grad = value.clone(), None
+        rows = [Example(tuple((7 * n * i) % 320 for i in range(64)), (True,) * 64, n, 0) for n in range(8)]
+        settings = TrainSettings(
+            max_steps=4,
+            max_grad_norm=0.0,
+            optimizer_in_bwd=in_backward,
+            gradient_checkpointing=True,
+            learning_rate=1e-3,
+        )
+        job = Job("default", settings, rows, (), 1e-3, methods)
+        graphs, _ = fit(model, job, settings, ALONE)
+        assert not (in_backward and graphs)
+        told: list[float] = []
+        record = partial(lambda losses, _, facts: losses.append(facts["loss"]), told)
+        loop(model, [job], record=record, save=lambda _: None, graphs=graphs)
+        found.append((torch.tensor(told), job.flat.values_P.detach().clone()))
+        as_they_were(model)
+    for p, value in zip([p for m in methods_of(model, "default").values() for p in m.parameters()], start, strict=True):
+        p.data, p.grad = value.clone(), None
+    near(*found)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from veneer.bases.nf4 import NF4
+from veneer.methods.base import Method
 from veneer.methods.lora import LoRA
 from veneer.model import gated, layers, tiled, traced
 from veneer.model.gated import is_gated
@@ -33,8 +34,9 @@ def made(kind: str = "llama", **more) -> LlamaForCausalLM:
         parameter.data += 0.02 * torch.randn_like(parameter)
     prepare(model)
     for number, path in enumerate(linear_paths(model)):
-        leaf, rank = leaf_at(model, path), 2 + number % 3
-        leaf.slots["one"] = LoRA(torch.randn(rank, leaf.in_features) / 8, torch.randn(leaf.out_features, rank) / 8, 0.5)
+        leaf, rank, scale = leaf_at(model, path), 2 + number % 3, 0.2 + 0.1 * (number % 7)
+        a_RI, b_OR = torch.randn(rank, leaf.in_features) / 8, torch.randn(leaf.out_features, rank) / 8
+        leaf.slots["one"] = LoRA(a_RI, b_OR, scale)
     wiring_of(model).slots.append("one")
     return model
 
@@ -87,21 +89,48 @@ def test_another_form_is_not(kind, more):
     assert not any(is_gated(layer.mlp) for layer in decoder_layers(made(kind, **more)))
 
 
-@pytest.mark.parametrize("change", [lambda y: 2 * y, lambda y: y.clamp(-1, 1)])
-def test_a_class_that_does_a_little_more_is_another_form(model, change):
+def scaled(self, x):
+    return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def scaled_in_place(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)).mul_(0.5)
+
+
+def clamped_inside(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-10, 10))
+
+
+def clamped_gate(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=1000)) * self.up_proj(x))
+
+
+def gate_in_place(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x).mul_(2)) * self.up_proj(x))
+
+
+def fed_another(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x + 0))
+
+
+def remembered(self, x):
+    self.seen = x
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def asked_twice(self, x):
+    self.up_proj(x)
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [scaled, scaled_in_place, clamped_inside, clamped_gate, gate_in_place, fed_another, remembered, asked_twice],
+)
+def test_a_class_that_does_a_little_more_is_another_form(model, forward):
     mlp = decoder_layers(model)[0].mlp
-
-    class Scaled(type(mlp)):
-        def forward(self, x):
-            return change(super().forward(x))
-
-    class Inside(type(mlp)):
-        def forward(self, x):
-            return self.down_proj(change(self.act_fn(self.gate_proj(x))) * self.up_proj(x))
-
-    for other in (Scaled, Inside):
-        mlp.__class__ = other
-        assert not is_gated(mlp)
+    mlp.__class__ = type("Other", (type(mlp),), {"forward": forward})
+    assert not is_gated(mlp)
 
 
 @pytest.mark.parametrize("recompute", [0, 2, -1])
@@ -150,8 +179,29 @@ def bias_of_gate(model):
     mlp.gate_proj.base.bias = torch.nn.Parameter(torch.randn(48), requires_grad=False)
 
 
+def bias_of_up(model):
+    mlp = decoder_layers(model)[0].mlp
+    mlp.up_proj.base.bias = torch.nn.Parameter(torch.randn(48), requires_grad=False)
+
+
 def hook(model):
-    decoder_layers(model)[0].mlp.act_fn.register_forward_hook(lambda module, given, out: 2 * out)
+    decoder_layers(model)[0].mlp.act_fn.register_forward_hook(lambda module, given, out: None)
+
+
+def backward_hook(model):
+    mlp = decoder_layers(model)[0].mlp
+    mlp.down_proj.register_full_backward_pre_hook(lambda module, gs: (2 * gs[0],))
+
+
+def forward_of_a_leaf(model):
+    leaf = decoder_layers(model)[0].mlp.gate_proj
+    own = leaf.forward
+    leaf.forward = lambda x: 2 * own(x)
+
+
+def another_method(model):
+    leaf = decoder_layers(model)[0].mlp.up_proj
+    leaf.slots["one"] = AnyMethod(leaf.slots["one"])
 
 
 def no_adapter(model):
@@ -164,13 +214,38 @@ def wide(model):
     leaf.slots["one"] = LoRA(torch.randn(rank, 32) / 8, torch.randn(48, rank) / 8, 0.5)
 
 
-@pytest.mark.parametrize("change", [bias_of_gate, hook, no_adapter, wide])
+class AnyMethod(Method):
+    """Not LoRA, though it adds the same."""
+
+    def __init__(self, inner: LoRA) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def delta(self, x_TI, y_TO, base, gate_TR=None):
+        return self.inner.delta(x_TI, y_TO, base)
+
+
+CHANGES = [
+    *(bias_of_gate, bias_of_up, hook, backward_hook, forward_of_a_leaf, no_adapter, another_method),
+    wide,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_the_operation_does_not_do_is_the_models_own(model, calls, change):
     change(model)
     wanted = losses(model)
     arrange(model, compiled=True, backend="aot_eager")
     same(losses(model), wanted)
     assert calls["forward"] == 2  # the other layers'
+
+
+def test_without_a_kernel_it_is_the_models_own(model, monkeypatch):
+    monkeypatch.setattr(traced, "gate_and_up", None)
+    monkeypatch.setattr(layers, "is_fused", lambda device: False)
+    wanted = losses(model)
+    arrange(model, compiled=True, backend="aot_eager")
+    same(losses(model), wanted)
 
 
 def test_several_slots_are_the_models_own(model, calls):

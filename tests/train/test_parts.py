@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from veneer.adapter.attach import detach, methods_of
 from veneer.config import TrainSettings
-from veneer.errors import ConfigError, NonFiniteLossError
-from veneer.model.layers import decoder_layers
+from veneer.errors import ConfigError, NonFiniteLossError, TrainingError
+from veneer.model.layers import arrange, decoder_layers
 from veneer.train.fit import fit
 from veneer.train.optim import by_family
 from veneer.train.parts import PartedParameters, by_layer
@@ -96,13 +97,71 @@ def test_state_and_restore_are_inverse(pico: Any, trained: Any, job: Any, exampl
     assert torch.equal(one.flat.values_P, two.flat.values_P)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(trained: Any) -> None:
-    def spoil(job: Any, facts: dict) -> None:
-        if facts["step"] == 2:
-            job.flat.values_P.data[-1] = math.nan
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("broken, updated", [(1, []), (0, [1])])  # the last layer's backward comes first
+def test_a_gradient_that_is_not_finite_stops_every_later_update(
+    pico: Any, job: Any, examples: Any, run_loop: Any, broken: int, updated: list[int], ahead: bool
+) -> None:
+    made = job(pico, "default", examples(16), lora=TARGETS, max_grad_norm=0.0, optimizer_in_bwd=True)
+    fit(pico, made, made.settings, ALONE)
+    before: list[torch.Tensor] = []
+    begin = made.begin
 
-    with pytest.raises(NonFiniteLossError, match=r"step 3 of 6 .* was updated in part"):
-        trained(True, watch=spoil)
+    def noting() -> None:
+        if made.step == 2:
+            before[:] = [part.values.detach().clone() for part in made.flat.parts]
+        begin()
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if made.step == 2 else gradient
+
+    made.begin = noting
+
+    [group] = [part.parameters for n, part in enumerate(made.flat.parts) if n == broken]
+    group[0].register_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match=r"step 3 of 6 .* was perhaps updated in part"):
+        run_loop(pico, made, ahead=ahead)
+    changed = [n for n, part in enumerate(made.flat.parts) if not torch.equal(part.values, before[n])]
+    assert changed == updated
+
+
+def test_a_job_that_is_done_stays_as_it_is_while_others_go_on(
+    pico: Any, job: Any, examples: Any, run_loop: Any
+) -> None:
+    settings = {"max_grad_norm": 0.0, "optimizer_in_bwd": True, "weight_decay": 0.1}
+    one, two = (job(pico, name, examples(16), max_steps=n, **settings) for name, n in (("one", 3), ("two", 6)))
+    arrange(pico, recompute=-1, ended=lambda layer: [made.layer_ended(layer) for made in (one, two)])
+    seen: list[torch.Tensor] = []
+
+    def watch(made: Any, facts: dict) -> None:
+        if made is one and facts["step"] == 3:
+            seen.append(one.flat.values_P.detach().clone())
+
+    run_loop(pico, one, two, watch=watch)
+    assert two.step == 6 and torch.equal(one.flat.values_P, seen[0])
+
+
+def test_a_layer_that_runs_twice_is_an_error(pico: Any, job: Any, examples: Any, run_loop: Any) -> None:
+    pico.model.layers[1] = pico.model.layers[0]
+    made = job(pico, "default", examples(16), lora=TARGETS, max_grad_norm=0.0, optimizer_in_bwd=True)
+    fit(pico, made, made.settings, ALONE)
+    with pytest.raises(TrainingError, match="ended twice in a step"):
+        run_loop(pico, made)
+
+
+def test_a_step_that_was_given_up_leaves_nothing(pico: Any, job: Any, examples: Any, run_loop: Any) -> None:
+    made = job(pico, "default", examples(16), lora=TARGETS, max_grad_norm=0.0, optimizer_in_bwd=True)
+    fit(pico, made, made.settings, ALONE)
+    made.flat.parts[1].norm = torch.tensor(1.0)
+    made.flat.parts[0].parameters[0].grad = torch.full_like(made.flat.parts[0].parameters[0], math.nan)
+    assert len(run_loop(pico, made)) == 6
+
+
+def test_all_layers_are_recomputed_and_it_is_said(pico: Any, job: Any, examples: Any) -> None:
+    made = job(pico, "default", examples(16), max_grad_norm=0.0, optimizer_in_bwd=True)
+    graphs, notes = fit(pico, made, made.settings, ALONE)
+    assert not graphs and "--optimizer-in-bwd" in notes[0]
+    assert copy.deepcopy(pico).model.layers[0].forward.how.ended is decoder_layers(pico)[0].forward.how.ended
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from veneer.model.layers import decoder_layers
 from veneer.model.load import load
 from veneer.model.losses import sequence_nll
 from veneer.train import run
+from veneer.train.ranks import Ranks
 
 Config = Callable[..., RunConfig]
 WEIGHTS = "adapter_model.safetensors"
@@ -83,6 +85,9 @@ def test_equal_settings_give_equal_bytes_and_another_seed_others(config: Config,
     assert _bytes(first) != _bytes(other)
 
 
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
 class Stop(BaseException):
     """As sudden as a signal: nothing in the package catches it."""
 
@@ -144,14 +149,28 @@ def test_a_finished_run_resumed_is_left_as_it_is(config: Config) -> None:
     assert (after.steps, after.best_step, after.final_loss) == (before.steps, before.best_step, before.final_loss)
 
 
-def test_a_run_updated_in_backward_is_resumed_to_the_same_bytes(config: Config, stopping: Any, tmp_path: Path) -> None:
-    whole, cut = (
-        config(output_dir=str(tmp_path / name), optimizer_in_bwd=True, max_grad_norm=0) for name in ("whole", "cut")
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("adamw_8bit", marks=needs_bitsandbytes)])
+def test_a_run_updated_in_backward_is_resumed_to_the_same_bytes(
+    config: Config, stopping: Any, tmp_path: Path, optim: str
+) -> None:
+    whole, cut = (  # r: more than the 4,096 numbers a layer of which bitsandbytes keeps 32 bits
+        config(output_dir=str(tmp_path / name), optimizer_in_bwd=True, max_grad_norm=0, optim=optim, r=32)
+        for name in ("whole", "cut")
     )
     _train(whole)
     stopping(cut, 7)
     _train(cut, resume=True)
     assert _bytes(cut) == _bytes(whole)
+
+
+def test_a_checkpoint_from_before_an_option_existed_is_this_runs(config: Config, stopping: Any) -> None:
+    one = config()
+    stopping(one, 7)
+    for state in Path(one.output_dir).rglob("state.json"):
+        held = json.loads(state.read_text())
+        del held["run"]["optimizer_in_bwd"]
+        state.write_text(json.dumps(held))
+    _train(one, resume=True)
 
 
 def test_early_stopping_is_resumed_to_the_same_bytes(config: Config, tmp_path: Path, stopping: Any) -> None:
@@ -327,3 +346,8 @@ def test_bfloat16_trains_too(config: Config) -> None:
     result = _train(config(dtype="bfloat16"))
     assert result.best_eval_loss < result.eval_loss_before
     assert torch.isfinite(torch.tensor(result.final_loss))
+
+
+def test_updates_in_backward_are_refused_for_several_processes(config: Config) -> None:
+    with pytest.raises(ConfigError, match="summed over processes"):
+        run._train(config(optimizer_in_bwd=True, max_grad_norm=0), False, False, None, Ranks(0, 2))

@@ -26,12 +26,16 @@ def sentences(settings: type[BaseModel], error: ValidationError, spell: Spell) -
             done.append(_missing(settings, name, spell))
         elif fault["type"] == "extra_forbidden":
             done.append(unknown(settings, name, spell))
-        elif not name or (name in settings.model_fields and isinstance(fault["input"], dict) and not where):
-            # Of several options together: the sentence names them.
+        elif not name or _is_group(settings, name):  # of several options together: the sentence names them
             done.append(_spelt(fault["msg"], spell))
         else:
             wanted.setdefault((spell(name) + where, shown(fault["input"])), []).append(_want(fault["msg"]))
     return done + [f"{label}: got {got}, wanted {' or '.join(wants)}" for (label, got), wants in wanted.items()]
+
+
+def _is_group(settings: type[BaseModel], name: str) -> bool:
+    field = settings.model_fields.get(name)
+    return field is not None and section_of(field) is not None
 
 
 def unknown(settings: type[BaseModel], name: str, spell: Spell, others: Iterable[str] = ()) -> str:

@@ -35,7 +35,7 @@ def swiglu_backward(
     grid, sizes = _sizes(g_TF, bs)
     ranks = {"DOWN": len(a_RF), "DOWN_PAD": _padded(len(a_RF))}
     _swiglu_backward[grid](
-        *(*_given(g_TF, u_TF, zs, bs), dz_TR, dz_TR.stride(0), a_RF),
+        *(*_given(g_TF, u_TF, zs, bs), dz_TR, dz_TR.stride(0), a_RF.contiguous()),
         *(dh_TF, dh_TF.stride(0), du_TF, h_TF, *g_TF.shape),
         **(sizes | ranks),
     )
@@ -43,7 +43,7 @@ def swiglu_backward(
 
 
 def _given(g_TF: Tensor, u_TF: Tensor, zs: Pair, bs: Pair) -> list[Tensor | int]:
-    return [part for tensor in (g_TF, u_TF, *zs) for part in (tensor, tensor.stride(0))] + list(bs)
+    return [part for tensor in (g_TF, u_TF, *zs) for part in (tensor, tensor.stride(0))] + [b.contiguous() for b in bs]
 
 
 def _sizes(g_TF: Tensor, bs: Pair) -> tuple[tuple[int, int], dict[str, int]]:

@@ -29,7 +29,13 @@ def is_gated(mlp: nn.Module) -> bool:
     if not all(isinstance(getattr(mlp, name, None), Leaf) for name in LAYERS):
         return False
     functions = {name: child for name, child in mlp.named_children() if name not in LAYERS}
-    x, gate, up, out = (torch.linspace(-3, 5, 6).roll(number).view(1, 2, 3) for number in range(4))
+    if _watched(mlp):
+        return False
+    # Small and huge: what clamps anything, wherever, is another form.
+    spread = torch.logspace(-3, 4, 6)
+    given = [torch.cat([spread, -spread]).roll(number).view(1, 4, 3) for number in range(4)]
+    x, gate, up, out = held = [tensor.clone() for tensor in given]
+    wanted = F.silu(gate) * up
     asked: list[Tensor] = []
 
     def standing_in(value: Tensor) -> Callable[[Tensor], Tensor]:
@@ -41,11 +47,15 @@ def is_gated(mlp: nn.Module) -> bool:
 
     layers = {name: standing_in(value) for name, value in zip(LAYERS, (gate, up, out), strict=True)}
     plain = {name: value for name, value in vars(mlp).items() if not name.startswith("_")}
+    stand_in = SimpleNamespace(**plain | functions | layers)
+    before = dict(vars(stand_in))
     try:
-        found = type(mlp).forward(SimpleNamespace(**plain | functions | layers), x)
+        found = type(mlp).forward(stand_in, x)
     except Exception:  # it asks for more than these
         return False
-    return found is out and len(asked) == 3 and asked[0] is x is asked[1] and torch.equal(asked[2], F.silu(gate) * up)
+    left_alone = vars(stand_in) == before and all(map(torch.equal, held, given))
+    right = found is out and len(asked) == 3 and asked[0] is x is asked[1] and torch.equal(asked[2], wanted)
+    return left_alone and right
 
 
 MEASURED = False  # on a GPU; until then each layer is on its own
@@ -62,7 +72,7 @@ def gated_or_own(mlp: Any, slot: str | None, x: Tensor) -> Tensor:
     leaves = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     if torch.compiler.is_compiling() and slot is not None and all(_fits(leaf, slot) for leaf in leaves):
         bare = leaves[0].bias is None and leaves[1].bias is None
-        if bare and not _hooked(mlp) and (not x.is_cuda or x.itemsize == 2):
+        if bare and not _watched(mlp) and (not x.is_cuda or x.itemsize == 2):
             return traced_mlp(leaves, slot, x)
     return type(mlp).forward(mlp, x)
 
@@ -74,6 +84,9 @@ def _fits(leaf: Leaf, slot: str) -> bool:
     return isinstance(method, LoRA) and method.a_RI.shape[0] <= MOST_RANK
 
 
-def _hooked(mlp: nn.Module) -> bool:
-    """A user's hooks are to see what passes between the layers."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in mlp.children())
+def _watched(mlp: nn.Module) -> bool:
+    """Whether someone is to see, or has changed, what passes between the layers."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in vars(child) or any(getattr(child, kind) for kind in kinds) for child in mlp.children())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,19 @@ def latest(output_dir: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def restore(folder: Path, jobs: Sequence[Job], identity: dict[str, Any], processes: int = 1) -> list[str]:
-    """Puts the jobs where the checkpoint left them; returns notes. Raises CheckpointError when it is another run's."""
+def restore(
+    folder: Path,
+    jobs: Sequence[Job],
+    identity: dict[str, Any],
+    processes: int = 1,
+    defaults: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Puts the jobs where the checkpoint left them; returns notes. Raises CheckpointError when it is another run's.
+
+    defaults: of options that a checkpoint of an older version may not know.
+    """
     state = _read_state(folder)
-    faults = _differences(state.get("run", {}), identity)
+    faults = _differences({**{n: v for n, v in (defaults or {}).items() if n in identity}, **state["run"]}, identity)
     missing = [job.slot for job in jobs if job.slot not in state["jobs"]]
     faults += [f"no state for {slot!r}" for slot in missing]
     if faults:

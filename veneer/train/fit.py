@@ -45,18 +45,23 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
     wanted = settings.gradient_checkpointing
     if settings.optimizer_in_bwd:  # as each recomputed layer ends
         wanted = wanted if wanted == "offload" else True
+        notes.append("all layers are computed twice, and each is updated as its backward ends (--optimizer-in-bwd)")
     if wanted == "auto" and (not on_gpu or settings.fsdp):
         wanted = on_gpu  # a base that is shared out for its size leaves little to measure
     # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded; attention in float32
     # is computed by the lengths of each stream.
     recordable = compiled and not settings.fsdp and wanted != "offload" and model.dtype in HALF
     recordable = recordable and not settings.optimizer_in_bwd  # each of its steps has another learning rate
+
+    def ended(layer: nn.Module) -> None:  # a function: a copied model takes no job with it
+        job.layer_ended(layer)
+
     measure = wanted == "auto" and layers > MORE and not job.done
     if measure:
         arrange(model, compiled, layers - FEWER, decoded=_decodes_once(model))
     else:
         recompute = -1 if wanted and wanted != "auto" else 0
-        arrange(model, compiled, recompute, offload=wanted == "offload" and on_gpu, ended=job.layer_ended)
+        arrange(model, compiled, recompute, offload=wanted == "offload" and on_gpu, ended=ended)
     if not on_gpu or settings.fsdp or job.done or not (measure or recordable):
         return Fitted(False, notes)
     with memory_explained(model, [job], ranks):

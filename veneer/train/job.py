@@ -108,11 +108,16 @@ class Job:
 
     def begin(self) -> None:
         """Before the coming step's forward pass."""
+        self._set_rate()
+        if self.parted is not None:
+            self.parted.begin()
+
+    def _set_rate(self) -> None:
         self.optimizer.param_groups[0]["lr"] = self.rate
 
     def layer_ended(self, layer: nn.Module) -> None:
         """Updates what is trained in `layer`, whose backward has ended, where the settings ask for that."""
-        if self.parted is not None:
+        if self.parted is not None and not self.done:
             self.finite = self.parted.step_layer(layer, self.optimizer, self.finite)
 
     def update(self, loss: Tensor) -> tuple[float, Tensor]:
@@ -121,7 +126,7 @@ class Job:
         loss: a scalar tensor on the adapter's device. Where it or the gradient is not finite the adapter stays as it
         is, then and in every later step; `step` counts on until `fail` sets it back.
         """
-        self.begin()
+        self._set_rate()
         rate, finite = self.rate, self.finite & torch.isfinite(loss)
         norm, self.finite = self.flat.step(self.optimizer, finite, self.settings.max_grad_norm)
         self.step += 1
@@ -134,7 +139,7 @@ class Job:
         self.step = step - 1
         micros = range(self.settings.gradient_accumulation_steps)
         rows = sorted({example.row + 1 for micro in micros for example in self.rows(micro)})[:8]
-        updated = "updated in part" if self.parted else "not updated"
+        updated = "perhaps updated in part" if self.parted else "not updated"
         self.failure = NonFiniteLossError(
             f"{self.slot}: step {step} of {self.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
             f"rate {rate:.3g} (last finite loss {self.last_loss:.4g}; rows {rows} of the data). The adapter was "

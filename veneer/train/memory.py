@@ -13,8 +13,8 @@ from veneer.errors import NotEnoughMemoryError, listed
 from veneer.train.job import Job
 from veneer.train.ranks import Ranks
 
-# How torch says it where it has no type of its own for it: the CPU's allocator, cuBLAS.
 MANY = 2**28  # bytes of gradients that are worth an option
+# How torch says it where it has no type of its own for it: the CPU's allocator, cuBLAS.
 SIGNS = ("not enough memory", "DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _explanation(model: nn.Module, jobs: Sequence[Job], ranks: Ranks, error: BaseException) -> str:
     held = [_held(job, ranks) for job in jobs]
     said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    steps = [step for job in jobs for step in _lower(job, len(jobs) > 1)] + _lower_base(model, ranks)
+    steps = [step for job in jobs for step in _lower(job, len(jobs) > 1, ranks)] + _lower_base(model, ranks)
     return listed(
         "\n".join([f"out of memory: {said}", *held, "What takes less:"]),
         steps,
@@ -57,18 +57,18 @@ def _held(job: Job, ranks: Ranks) -> str:
     widths = sorted({method.rank for method in job.methods.values()})
     width = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
     asked = job.settings.gradient_checkpointing
-    recompute = asked if isinstance(asked, str) else "on" if asked else "off"
+    recompute = "on" if asked is True or (asked == "auto" and job.parted) else asked or "off"
     return (
         f"{job.slot}, step {job.step + 1} of {job.total}: up to {sum(lengths):,} tokens in a forward pass ({len(rows)} "
         f"rows, the longest {max(lengths, default=0):,}), adapters of rank {width}, recompute {recompute}"
     )
 
 
-def _lower(job: Job, named: bool) -> list[str]:
+def _lower(job: Job, named: bool, ranks: Ranks) -> list[str]:
     """What to lower, the cheapest first."""
     settings, steps = job.settings, []
     size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    if size > 1:
+    if size > 1 and job.parted is None:
         smaller = max(part for part in range(1, size // 2 + 1) if size % part == 0)
         more = passes * (size // smaller)
         steps.append(
@@ -76,14 +76,16 @@ def _lower(job: Job, named: bool) -> list[str]:
             "the same step in smaller passes"
         )
     asked = settings.gradient_checkpointing
-    if asked is False or (asked == "auto" and not torch.cuda.is_available()):
+    recomputed = asked is True or job.parted is not None
+    if asked is False or (asked == "auto" and not recomputed and not torch.cuda.is_available()):
         steps.append("--gradient-checkpointing: activations are computed twice instead of kept, a third slower")
     elif asked != "offload" and torch.cuda.is_available():
         steps.append("--gradient-checkpointing offload: what is kept of them lies on the host")
-    if 4 * len(job.flat) >= MANY and job.parted is None:
+    alone = passes == 1 and asked is not False and not settings.fsdp and ranks.world == 1
+    if 4 * len(job.flat) >= MANY and job.parted is None and alone:
         steps.append(
-            "--optimizer-in-bwd --max-grad-norm 0 --gradient-accumulation-steps 1: gradients, now "
-            f"{4 * len(job.flat) / 2**30:.1f} GiB, are freed during backward"
+            f"--optimizer-in-bwd --max-grad-norm 0: gradients, now {4 * len(job.flat) / 2**30:.1f} GiB, are freed "
+            "during backward"
         )
     longest = max(len(example.input_ids) for example in job.train)
     steps.append(f"--max-length {max(1, longest // 2)}: the longest row now has {longest:,} tokens")

@@ -157,9 +157,15 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
     parameters, names begin with the parameter's number."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
+    memory: set[int] = set()
     for mark, parameter in _marked(optimizer):
         for name, value in optimizer.state.get(parameter, {}).items():
-            (tensors if isinstance(value, Tensor) else numbers)[mark + name] = value
+            if not isinstance(value, Tensor):
+                numbers[mark + name] = value
+                continue
+            # bitsandbytes' parameters share tables, which a file of tensors may not.
+            tensors[mark + name] = value.clone() if value.data_ptr() in memory else value
+            memory.add(value.data_ptr())
     return tensors, numbers
 
 

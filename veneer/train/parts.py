@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from veneer.errors import TrainingError
 from veneer.methods.base import Method
 from veneer.train.optim import FlatParameters, by_family, step_where
 
@@ -50,6 +51,14 @@ class Part:
         self.values.grad = None
         return finite
 
+    def check_once(self) -> None:
+        """Raises TrainingError where this step has updated the part already."""
+        if self.norm is not None:
+            raise TrainingError(
+                "a layer's backward ended twice in a step (layers that share weights?), and --optimizer-in-bwd had "
+                "used its gradients when more came; next: leave it out"
+            )
+
     def clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
@@ -71,18 +80,29 @@ class PartedParameters(FlatParameters):
     def hold_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Autograd's own are enough."""
 
+    def begin(self) -> None:
+        """Before a step's forward pass: nothing is left of one that was given up."""
+        for part in self.parts:
+            part.norm = None
+            part.clear()
+
     def step_layer(self, layer: nn.Module, optimizer: Optimizer, finite: Tensor) -> Tensor:
-        """Updates what is trained in `layer`, whose backward has ended; `finite` as of `Part.step`."""
-        for part in {id(p): part for p in layer.parameters() if (part := self.part_of.get(id(p)))}.values():
-            if part.norm is None:
-                finite = part.step(optimizer, finite)
+        """Updates what is trained in `layer`, whose backward has ended; `finite` as of `Part.step`.
+
+        Raises TrainingError where its part was updated before: gradients have come that were too late.
+        """
+        for part in {id(part): part for p in layer.parameters() if (part := self.part_of.get(id(p)))}.values():
+            part.check_once()
+            finite = part.step(optimizer, finite)
         return finite
 
     def step(self, optimizer: Optimizer, finite: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-        """What no layer's end has updated; nothing is clipped."""
+        """What no layer's end has updated; nothing is clipped. Raises as `step_layer`."""
         for part in self.parts:
             if part.norm is None:
                 finite = part.step(optimizer, finite)
+            elif any(parameter.grad is not None for parameter in part.parameters):
+                part.check_once()
         norms = torch.stack([part.norm for part in self.parts if part.norm is not None])
         for part in self.parts:
             part.norm = None

@@ -238,7 +238,7 @@ def _start(
     if resume:
         found = checkpoint.latest(output)
         notes += [f"resumed from {found}"] if found else [f"nothing to resume in {output}: starting from the beginning"]
-        notes += checkpoint.restore(found, jobs, identity, ranks.world) if found else []
+        notes += checkpoint.restore(found, jobs, identity, ranks.world, _defaults()) if found else []
     ranks.barrier()  # all have read before one writes
     if not ranks.is_main:
         return notes
@@ -247,6 +247,11 @@ def _start(
     output.mkdir(parents=True, exist_ok=True)
     write_yaml(output / "run.yaml", config.to_flat())
     return notes
+
+
+def _defaults() -> dict[str, Any]:
+    """What every option was before it existed."""
+    return RunConfig.from_flat({"base_model": "-", "dataset": "-", "output_dir": "-"}).to_flat()
 
 
 def _set_aside(output: Path) -> Path:
