@@ -46,6 +46,12 @@ def model() -> LlamaForCausalLM:
     return made()
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew() -> None:
+    """What other tests had compiled counts towards the compiler's limit for one function."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def calls(monkeypatch) -> Counter:
     """How often the operation ran; it does on this machine too."""

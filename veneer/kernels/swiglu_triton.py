@@ -73,6 +73,21 @@ def _load(ptr, stride, row, column, here):
 
 
 @triton.jit
+def _factor(ptr, left, column, columns, RANK: tl.constexpr, PAD: tl.constexpr):
+    """B' of a program's columns: (PAD, columns)."""
+    return tl.trans(_tall(ptr + left * RANK, RANK, column, columns, RANK, PAD))
+
+
+@triton.jit
+def _adapted(
+    y_ptr, y_stride, z_ptr, z_stride, b, top, left, row, rows, column, here, RANK: tl.constexpr, PAD: tl.constexpr
+):
+    """y + z B' in float32, from row `top` and column `left`."""
+    y = _load(y_ptr + top * y_stride + left, y_stride, row, column, here)
+    return tl.dot(_tall(z_ptr + top * z_stride, z_stride, row, rows, RANK, PAD), b, y)
+
+
+@triton.jit
 def _store(ptr, stride, row, column, here, value):
     tl.store(ptr + row[:, None] * stride + column[None, :], value.to(ptr.dtype.element_ty), mask=here)
 
@@ -103,16 +118,14 @@ def _swiglu(
 ):
     left = tl.program_id(0) * COLUMNS
     column, row, columns = tl.arange(0, COLUMNS), tl.arange(0, ROWS), width - left
-    bg = tl.trans(_tall(bg_ptr + left * GATE, GATE, column, columns, GATE, GATE_PAD))
-    bu = tl.trans(_tall(bu_ptr + left * UP, UP, column, columns, UP, UP_PAD))
+    bg = _factor(bg_ptr, left, column, columns, GATE, GATE_PAD)
+    bu = _factor(bu_ptr, left, column, columns, UP, UP_PAD)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (tl.program_id(1) * STEPS + step) * ROWS
         top, rows = first.to(tl.int64), tokens - first
         here = (row[:, None] < rows) & (column[None, :] < columns)
-        g = _load(g_ptr + top * g_stride + left, g_stride, row, column, here)
-        u = _load(u_ptr + top * u_stride + left, u_stride, row, column, here)
-        g = tl.dot(_tall(zg_ptr + top * zg_stride, zg_stride, row, rows, GATE, GATE_PAD), bg, g)
-        u = tl.dot(_tall(zu_ptr + top * zu_stride, zu_stride, row, rows, UP, UP_PAD), bu, u)
+        g = _adapted(g_ptr, g_stride, zg_ptr, zg_stride, bg, top, left, row, rows, column, here, GATE, GATE_PAD)
+        u = _adapted(u_ptr, u_stride, zu_ptr, zu_stride, bu, top, left, row, rows, column, here, UP, UP_PAD)
         _store(h_ptr + top * width + left, width, row, column, here, g * tl.sigmoid(g) * u)
 
 
@@ -150,8 +163,8 @@ def _swiglu_backward(
 ):
     left = tl.program_id(0) * COLUMNS
     column, row, columns = tl.arange(0, COLUMNS), tl.arange(0, ROWS), width - left
-    bg = tl.trans(_tall(bg_ptr + left * GATE, GATE, column, columns, GATE, GATE_PAD))
-    bu = tl.trans(_tall(bu_ptr + left * UP, UP, column, columns, UP, UP_PAD))
+    bg = _factor(bg_ptr, left, column, columns, GATE, GATE_PAD)
+    bu = _factor(bu_ptr, left, column, columns, UP, UP_PAD)
     rank = tl.arange(0, DOWN_PAD)
     a_here = (rank[:, None] < DOWN) & (column[None, :] < columns)
     a = tl.load(a_ptr + left + rank[:, None] * width + column[None, :], mask=a_here, other=0.0)
@@ -159,12 +172,9 @@ def _swiglu_backward(
         first = (tl.program_id(1) * STEPS + step) * ROWS
         top, rows = first.to(tl.int64), tokens - first
         here = (row[:, None] < rows) & (column[None, :] < columns)
-        g = _load(g_ptr + top * g_stride + left, g_stride, row, column, here)
-        u = _load(u_ptr + top * u_stride + left, u_stride, row, column, here)
-        dh = _load(dh_ptr + top * dh_stride + left, dh_stride, row, column, here)
-        g = tl.dot(_tall(zg_ptr + top * zg_stride, zg_stride, row, rows, GATE, GATE_PAD), bg, g)
-        u = tl.dot(_tall(zu_ptr + top * zu_stride, zu_stride, row, rows, UP, UP_PAD), bu, u)
-        dh = tl.dot(_tall(dz_ptr + top * dz_stride, dz_stride, row, rows, DOWN, DOWN_PAD), a, dh)
+        g = _adapted(g_ptr, g_stride, zg_ptr, zg_stride, bg, top, left, row, rows, column, here, GATE, GATE_PAD)
+        u = _adapted(u_ptr, u_stride, zu_ptr, zu_stride, bu, top, left, row, rows, column, here, UP, UP_PAD)
+        dh = _adapted(dh_ptr, dh_stride, dz_ptr, dz_stride, a, top, left, row, rows, column, here, DOWN, DOWN_PAD)
         s = tl.sigmoid(g)
         _store(h_ptr + top * width + left, width, row, column, here, g * s * u)
         _store(du_ptr + top * width + left, width, row, column, here, dh * g * s)

@@ -39,8 +39,8 @@ def is_gated(mlp: nn.Module) -> bool:
     asked: list[Tensor] = []
 
     def standing_in(value: Tensor) -> Callable[[Tensor], Tensor]:
-        def layer(given: Tensor) -> Tensor:
-            asked.append(given)
+        def layer(fed: Tensor) -> Tensor:
+            asked.append(fed)
             return value
 
         return layer

@@ -54,7 +54,9 @@ def arrange(
     for number, layer in enumerate(layers):
         layer.__dict__["forward"] = Run(layer, how, number if number < count else None)
         if (mlp := plain_mlp(layer)) is not None:
-            tile(mlp, wiring, mlp_function, number < count, fused and is_gated(mlp))
+            pieces, gated = number < count, fused and is_gated(mlp)
+            if pieces or gated:
+                tile(mlp, wiring, mlp_function, pieces, gated)
 
 
 def as_they_were(model: nn.Module) -> None:

@@ -49,8 +49,8 @@ def _flash(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, segment:
     q = q_HTD[None, :, runs[-1]]
     k, v = (_repeated(torch.cat([x[:, run] for run in runs], 1), q_HTD)[None] for x in (k_KTD, v_KTD))
     queries, keys = q.shape[2], k.shape[2]
-    if how.window is not None and how.window < keys:
-        return _banded(q, k, v, stream, how.window, how.scale)
+    if (window := how.within(keys).window) is not None:
+        return _banded(q, k, v, stream, window, how.scale)
     if len(runs) == 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=how.scale)[0].transpose(0, 1)
     mask = _mask_once(stream, queries, keys, keys, q)
@@ -98,9 +98,7 @@ class _BucketAttention(torch.autograd.Function):
         shared = (k_KTD.shape[0], q_HTD.shape[0] // k_KTD.shape[0])
         gathered = (buckets.queries.gathered(q_HTD), buckets.keys.gathered(k_KTD), buckets.keys.gathered(v_KTD))
         for q, k, v, mask in zip(*gathered, buckets.masks, strict=True):
-            # Scores in float32: rounded to bfloat16 they would be off by 1/256 of their size before the exponential.
-            wide = torch.promote_types(q.dtype, torch.float32)
-            scores = _scaled_bmm(q.to(wide), k.to(wide).transpose(1, 2), how.scale)
+            scores = _wide_scores(q, k, how.scale)
             if how.softcap is not None:
                 scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
             scores.view(-1, *shared, *mask.shape[-2:]).add_(mask)
@@ -128,8 +126,7 @@ class _BucketAttention(torch.autograd.Function):
             minus = torch.linalg.vecdot(g, out).neg_().unsqueeze(-1)
             ds = torch.baddbmm(minus, g, v.transpose(1, 2)).mul_(probs)
             if how.softcap is not None:
-                wide = torch.promote_types(q.dtype, torch.float32)
-                capped = _scaled_bmm(q.to(wide), k.to(wide).transpose(1, 2), how.scale / how.softcap).tanh_()
+                capped = _wide_scores(q, k, how.scale / how.softcap).tanh_()
                 ds = ds.mul_(1 - capped.square_())
             dqs.append(_scaled_bmm(ds, k, how.scale))
             dks.append(_scaled_bmm(ds.transpose(1, 2), q, how.scale))
@@ -138,6 +135,12 @@ class _BucketAttention(torch.autograd.Function):
         dq_HTD = buckets.queries.summed(dqs, heads, q_by)
         dk_KTD, dv_KTD = buckets.keys.summed(dks, kv_heads, k_by), buckets.keys.summed(dvs, kv_heads, v_by)
         return dq_HTD, dk_KTD, dv_KTD, None, None
+
+
+def _wide_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """In float32: rounded to bfloat16 they would be off by 1/256 of their size before the exponential."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _scaled_bmm(q.to(wide), k.to(wide).transpose(1, 2), scale)
 
 
 def _softmax(scores: Tensor, sinks_H: Tensor | None, shape: tuple[int, int, int]) -> Tensor:
