@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 LEAST_RANK = 16  # of the hardware's product; a smaller rank is padded
-ROWS, COLUMNS, STAGES, WARPS = 64, 256, 3, 8  # of g that a program reads at a time
-PROGRAMS: int | None = None  # at most about so many; None: one for each multiprocessor of the GPU
+ROWS, COLUMNS, STAGES, WARPS = 64, 128, 3, 4  # of g that a program reads at a time
+PROGRAMS = 2  # for each multiprocessor of the GPU, at most about
 
 
 def thin_gradients(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def thin_gradients(g_TO: Tensor, z_TR: Tensor, b_OR: Tensor, dtype: torch.dtype)
     tokens, out = g_TO.shape
     rank = b_OR.shape[1]
     across, down = triton.cdiv(out, COLUMNS), triton.cdiv(tokens, ROWS)
-    steps = coarse(triton.cdiv(down, max(1, (PROGRAMS or multiprocessors(g_TO.device)) // across)))
+    steps = coarse(triton.cdiv(down, max(1, PROGRAMS * multiprocessors(g_TO.device) // across)))
     deep = triton.cdiv(down, steps)
     dz_parts = torch.empty(across, tokens, rank, dtype=torch.float32, device=g_TO.device)
     db_parts = torch.empty(deep, out, rank, dtype=torch.float32, device=g_TO.device)
