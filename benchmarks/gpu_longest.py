@@ -7,7 +7,7 @@ of its own: it tries what a layer's backward reads, while the optimiser's moment
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.gpu_spec import Spec, sizes
@@ -21,21 +21,24 @@ SHARES = (1.0, 0.95, 0.9, 0.8)  # of the prediction, tried in turn
 Run = Callable[[Spec], dict[str, Any]]
 
 
-def longest(spec: Spec, caps_gib: Sequence[float], run: Run, steps: int, most: int) -> dict[str, Any]:
-    """Under each limit the length that should fit, and a run at it, or at `most` tokens where that is shorter."""
+def longest(spec: Spec, caps_gib: Sequence[float], run: Run, steps: int, most: int) -> Iterator[dict[str, Any]]:
+    """Under each limit the length that should fit, and a run at it, or at `most` tokens where that is shorter.
+
+    Yields all that was found so far, after each limit."""
     probes = {
         (layers, tokens): run(spec.but(shape=f"{spec.shape}:{layers}", sequence=tokens, steps=PROBE_STEPS))
         for layers, tokens in PROBES
     }
     found: dict[str, Any] = {"spec": spec.__dict__, "probes": list(probes.values())}
     if not all(name in made for made in probes.values() for name in LINES):
-        return found
+        yield found
+        return
     found |= {"lines": {name: line([probes[probe][name] for probe in PROBES]) for name in LINES}, "limits": {}}
     for cap in caps_gib:
         tokens = min(_tokens(told, spec.shape, cap - CONTEXT) for told in found["lines"].values()) // GRAIN * GRAIN
         made = confirmed(spec.but(steps=steps), cap - CONTEXT, min(tokens, most), run)
         found["limits"][f"{cap:g}"] = {"predicted": tokens, **made}
-    return found
+        yield found
 
 
 def line(peaks_gib: Sequence[float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import gpu_longest, gpu_process, gpu_sweep, record
 from benchmarks.gpu_meter import WARM_UP
-from benchmarks.gpu_process import Result
+from benchmarks.gpu_process import Result, worked
 from benchmarks.gpu_rows import LONGEST, ROWS, SYSTEMS, Row, parse_rows, parse_systems
 from benchmarks.gpu_spec import Spec
 from benchmarks.gpu_sweep import Clock, Run, Runs
@@ -54,8 +54,10 @@ def main() -> None:
     for name in options.rows:
         if name in LONGEST:
             row = LONGEST[name]
-            found = gpu_longest.longest(row.spec, options.caps or row.caps_gib, run_and_say, row.steps, row.most)
-            held.setdefault("longest", {})[name] = stamp() | found
+            caps = options.caps or row.caps_gib
+            for found in gpu_longest.longest(row.spec, caps, run_and_say, row.steps, row.most):
+                held.setdefault("longest", {})[name] = stamp() | found
+                save()
             said = longest_lines(held["longest"][name])
         else:
             measure(held, name, options, clock, save, run_and_say)
@@ -94,7 +96,8 @@ def gather(held: File, others: Sequence[File]) -> None:
     for other in others:
         for name, row in other.get("rows", {}).items():
             here = held.setdefault("rows", {}).setdefault(name, {"systems": {}, "ratios": {}})
-            here["systems"] |= row["systems"]
+            for system, entry in row["systems"].items():
+                put(here, system, entry)
             for ours, peers in row["ratios"].items():
                 here["ratios"].setdefault(ours, {}).update(peers)
         held.setdefault("longest", {}).update(other.get("longest", {}))
@@ -113,16 +116,19 @@ def known_trials(held: File, name: str, system: str) -> list[Result]:
 
 
 def merge(held: File, name: str, entries: dict[str, dict[str, Any]], ratios: dict[str, Any]) -> None:
-    """Puts entries and ratios into the row; others stay. Only a measured entry replaces a measured one."""
+    """Puts entries and ratios into the row; others stay."""
     row = held.setdefault("rows", {}).setdefault(name, {"systems": {}, "ratios": {}})
     for system, entry in entries.items():
-        before = row["systems"].get(system, {})
-        if "tokens_per_second" in before and "tokens_per_second" not in entry:
-            continue
-        row["systems"][system] = stamp() | entry
+        put(row, system, stamp() | entry)
     for ours, peers in ratios.items():
         for peer, ratio in peers.items():
             row["ratios"].setdefault(ours, {})[peer] = stamp() | ratio
+
+
+def put(row: dict[str, Any], system: str, entry: dict[str, Any]) -> None:
+    """Into the row, unless it was not measured and what stands there was."""
+    if worked(entry) or not worked(row["systems"].get(system, {})):
+        row["systems"][system] = entry
 
 
 def _checkpoint(shape: str) -> None:

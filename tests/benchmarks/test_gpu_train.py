@@ -76,7 +76,10 @@ def test_files_of_several_gpus_become_one() -> None:
     measured(other, "8b-bf16", {"ours": 100, "peft": 50})
     measured(other, "65b", {"ours-nf4": 10})
     held: dict[str, Any] = {}
-    gpu_train.gather(held, [one, other])
+    tried: dict[str, Any] = {}
+    measured(tried, "8b-bf16", {"ours": 0})
+    gpu_train.gather(held, [one, other, tried])
+    assert held["rows"]["8b-bf16"]["systems"]["ours"]["tokens_per_second"] == 300
     assert set(held["rows"]["8b-bf16"]["systems"]) == {"ours", "unsloth", "peft"}
     assert set(held["rows"]["8b-bf16"]["ratios"]["ours"]) == {"unsloth", "peft"}
     assert "65b" in held["rows"] and "longest" in held
@@ -153,7 +156,7 @@ def test_a_length_is_predicted_from_a_few_layers_and_confirmed() -> None:
         return told | {"tokens_per_second": 1.0}
 
     spec = Spec("ours-nf4", "70b", "nf4")
-    found = longest(spec, [78.0, 60.0], run, steps=1, most=100_000)
+    *_, found = longest(spec, [78.0, 60.0], run, steps=1, most=100_000)
     assert [sizes(each.shape)["num_hidden_layers"] for each in seen] == [2, 2, 4, 80, 80]
     lines = found["lines"]
     assert lines["first_step_peak_gib"] == pytest.approx({"fixed_gib": 5.0, "layer_gib": 0.4, "token_kib": 256.0})
@@ -163,7 +166,8 @@ def test_a_length_is_predicted_from_a_few_layers_and_confirmed() -> None:
         ((59 - 43) * 2**12, (59 - 43) * 2**12),
     ]
     assert [spec.cap_gib for spec in seen[3:]] == [77.0, 59.0] and seen[3].steps == 1
-    assert "limits" not in longest(spec, [78.0], lambda _: {"oom": "CUDA out of memory"}, steps=1, most=1)
+    (found,) = longest(spec, [78.0], lambda _: {"oom": "CUDA out of memory"}, steps=1, most=1)
+    assert "limits" not in found
 
 
 def test_the_longest_counts_only_once_a_fresh_process_trained_at_it() -> None:
