@@ -12,8 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.bases.nf4 import NF4
+from veneer.methods.anchored import AnchoredLoRA
+from veneer.methods.dora import DoRA
 from veneer.methods.lora import LoRA
-from veneer.model import tiled
+from veneer.model import layers, tiled
 from veneer.model.layers import arrange, as_they_were, decoder_layers
 from veneer.model.leaf import Leaf
 from veneer.model.load import prepare
@@ -60,9 +62,9 @@ def losses(model, lengths=LENGTHS):
     return sums_N.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def same(found, wanted):
+def same(found, wanted, each=2):
     torch.testing.assert_close(found[0], wanted[0])
-    assert found[1].keys() == wanted[1].keys() and len(wanted[1]) == 2 * 6 * 3
+    assert found[1].keys() == wanted[1].keys() and len(wanted[1]) == each * 6 * 3
     for name, gradient in wanted[1].items():
         assert (found[1][name] - gradient).abs().max() <= CLOSE * gradient.abs().max(), name
 
@@ -339,6 +341,26 @@ def test_compiled_layers_give_the_same(model, count):
     arrange(model, compiled=True, recompute=count, backend="aot_eager")
     same(losses(model), wanted[0])
     same(losses(model, (40, 24)), wanted[1])
+
+
+@pytest.mark.parametrize(
+    "kind, storage, fused",
+    [(DoRA, "dense", False), (DoRA, "nf4", True), (AnchoredLoRA, "nf4", False), (AnchoredLoRA, "dense", True)],
+)
+def test_other_methods_in_compiled_layers(model, kind, storage, fused, monkeypatch):
+    """Computed twice in part, gated MLPs as one operation or not."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(layers, "is_fused", lambda device: fused)
+    for leaf in [module for module in model.modules() if isinstance(module, Leaf) and "one" in module.slots]:
+        if storage == "nf4":
+            leaf.base = NF4.from_linear(leaf.base)
+        given = [leaf.slots["one"].a_RI.data, leaf.slots["one"].b_OR.data]
+        leaf.slots["one"] = kind(*given, *([leaf.base.row_norms()] if kind is DoRA else []), 0.5)
+        for parameter in leaf.slots["one"].parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    wanted = losses(model)
+    arrange(model, compiled=True, recompute=2, backend="aot_eager")
+    same(losses(model), wanted, 3 if kind is DoRA else 2)
 
 
 @pytest.mark.parametrize("recompute", [0, -1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from veneer.config import TrainSettings
 from veneer.errors import ConfigError
 from veneer.train import optim
-from veneer.train.optim import OPTIMIZERS, FlatParameters, adamw, optimizer_state, restore_optimizer, start_optimizer
+from veneer.train.optim import OPTIMIZERS, FlatParameters, optimizer_state, restore_optimizer, set_rate, start_optimizer
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4)
 
@@ -64,7 +65,7 @@ def test_adamw_is_that_of_the_single_tensors(weight_decay: float) -> None:
     parameters, single = _parameters(shapes), _parameters(shapes)
     settings = TrainSettings(weight_decay=weight_decay, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
     flat = FlatParameters(parameters)
-    ours = adamw(flat, settings)
+    ours = start_optimizer(flat, settings)
     theirs = torch.optim.AdamW(single, betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, foreach=False)
     for step in range(8):
         rate = 0.1 / (step + 1)
@@ -124,6 +125,40 @@ def test_an_optimizer_restored_takes_the_same_steps(name: str) -> None:
     _steps(whole, first, range(5, 8))
     _steps(cut, second, range(5, 8))
     assert torch.equal(whole.values_P, cut.values_P)
+
+
+def test_lora_plus_is_two_groups_of_rates() -> None:
+    """A at the rate, all else at its multiple; a restored one goes on with the same steps."""
+    shapes, settings = [(4, 8), (2, 8), (16, 4), (3,)], TrainSettings(loraplus_lr_ratio=16, weight_decay=0.1)
+    parameters, single, later = (
+        [
+            nn.Parameter(p.detach().reshape(s))
+            for p, s in zip(_parameters([(1, math.prod(s)) for s in shapes]), shapes, strict=True)
+        ]
+        for _ in range(3)
+    )
+    flat, again = FlatParameters(parameters, 2), FlatParameters(later, 2)
+    ours, restored = start_optimizer(flat, settings), start_optimizer(again, settings)
+    theirs = torch.optim.AdamW([{"params": single[:2]}, {"params": single[2:]}], weight_decay=0.1, foreach=False)
+    for step in range(6):
+        set_rate(ours, 0.01 / (step + 1))
+        theirs.param_groups[0]["lr"], theirs.param_groups[1]["lr"] = 0.01 / (step + 1), 0.16 / (step + 1)
+        for p, s in zip(parameters, single, strict=True):
+            p.grad.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+            s.grad = p.grad.clone()
+        if step == 3:
+            tensors, numbers = optimizer_state(ours)
+            restore_optimizer(restored, {name: value.clone() for name, value in tensors.items()}, dict(numbers))
+            again.values_P.data.copy_(flat.values_P.data)
+        if step >= 3:
+            set_rate(restored, 0.01 / (step + 1))
+            again.grads_P.copy_(flat.grads_P)
+            restored.step()
+        ours.step()
+        theirs.step()
+    assert torch.equal(flat.values_P, again.values_P)
+    for p, s in zip(parameters, single, strict=True):
+        torch.testing.assert_close(p, s, rtol=1e-5, atol=1e-6)
 
 
 @needs_bitsandbytes

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from veneer.adapter.attach import attach
 from veneer.adapter.card import Adapter
@@ -161,6 +162,33 @@ def test_a_run_updated_in_backward_is_resumed_to_the_same_bytes(
     stopping(cut, 7)
     _train(cut, resume=True)
     assert _bytes(cut) == _bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "dora"}, {"init_lora_weights": "pissa"}, {"loraplus_lr_ratio": 4.0}, {"method": "dora", **HARD}],
+    ids=["dora", "pissa", "loraplus", "dora with dropout"],
+)
+def test_every_method_trains_is_saved_and_resumed_to_the_same_bytes(
+    config: Config, stopping: Any, tmp_path: Path, pico_folder: Path, options: dict
+) -> None:
+    whole, cut = (config(output_dir=str(tmp_path / name), **options) for name in ("whole", "cut"))
+    result = _train(whole)
+    stopping(cut, 7)
+    _train(cut, resume=True)
+    assert _bytes(cut) == _bytes(whole)
+    assert result.best_eval_loss < result.eval_loss_before
+    adapter = Adapter.load(whole.output_dir)
+    assert adapter.card.method == options.get("method", "lora")
+    assert set(adapter.card.ranks.values()) == {8 if "init_lora_weights" in options else 4}
+
+    loaded = load(str(pico_folder), "float32")
+    attach(loaded.model, adapter)
+    model, ids = loaded.model, torch.tensor([[5, 9, 40, 7, 11]])
+    theirs = AutoModelForCausalLM.from_pretrained(pico_folder, dtype=torch.float32)
+    theirs = pytest.importorskip("peft").PeftModel.from_pretrained(theirs, whole.output_dir).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=2e-5)
 
 
 def test_a_checkpoint_from_before_an_option_existed_is_this_runs(config: Config, stopping: Any) -> None:
@@ -346,6 +374,11 @@ def test_bfloat16_trains_too(config: Config) -> None:
     result = _train(config(dtype="bfloat16"))
     assert result.best_eval_loss < result.eval_loss_before
     assert torch.isfinite(torch.tensor(result.final_loss))
+
+
+def test_dora_is_not_shared_out(config: Config) -> None:
+    with pytest.raises(ConfigError, match="--method dora asks for whole rows"):
+        _train(config(method="dora", fsdp=True))
 
 
 def test_updates_in_backward_are_refused_for_several_processes(config: Config) -> None:

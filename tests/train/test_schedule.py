@@ -33,6 +33,13 @@ def test_shapes_by_hand(kind: str, wanted: list[float]) -> None:
     assert _shape(kind, 7, warmup_steps=3) == pytest.approx([0.25, 0.5, 0.75, *wanted], abs=1e-6)
 
 
+def test_lora_plus_begins_below_and_ends_above_the_rate_of_both() -> None:
+    model = SimpleNamespace(hidden_size=2000, model_type="llama")
+    both = choose_rate(TrainSettings(), LoraSettings(), model, 1000)
+    apart = choose_rate(TrainSettings(loraplus_lr_ratio=16), LoraSettings(), model, 1000)
+    assert both.value == 5e-4 and apart.value == 5e-4 / 4 and "√16" in apart.reason
+
+
 @given(st.sampled_from(KINDS), st.integers(1, 300), st.floats(0, 1), st.none() | st.integers(0, 400))
 def test_always_positive_peaks_once_and_never_above(kind: str, total: int, ratio: float, steps: int | None) -> None:
     settings = TrainSettings(lr_scheduler_type=kind, warmup_ratio=ratio, warmup_steps=steps)

@@ -16,9 +16,13 @@ from torch import nn
 from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.verify import check_base
+from veneer.bases.dense import Dense
 from veneer.config import SWITCHES, LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, NotMergeable, listed, nearest
+from veneer.methods import method_class
+from veneer.methods.anchored import AnchoredLoRA
 from veneer.methods.base import Method
+from veneer.methods.dora import DoRA
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
@@ -69,8 +73,7 @@ def take(
     methods = methods_of(model, name)
     tensors: dict[str, torch.Tensor] = {}
     for path, method in methods.items():
-        a_RI, b_OR = method.plain()
-        tensors[f"{path}.a"], tensors[f"{path}.b"] = a_RI.cpu().contiguous(), b_OR.cpu().contiguous()
+        tensors |= {f"{path}.{kind}": tensor.cpu().contiguous() for kind, tensor in method.tensors().items()}
     return Adapter(tensors, _card(model, methods, base_name, storage, training or {}))
 
 
@@ -183,19 +186,25 @@ def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[
     return {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
 
 
-def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> LoRA:
-    start = INITS[settings.init_lora_weights]
-    a_RI, b_OR = start(
-        _start_weight(model.get_submodule(path)), rank, torch.Generator().manual_seed(_module_seed(seed, path))
-    )
+def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> Method:
+    start, layer = INITS[settings.init_lora_weights], model.get_submodule(path)
     scale = settings.scale if settings.scale is not None else alpha / (rank**0.5 if settings.use_rslora else rank)
-    return LoRA(a_RI, b_OR, scale, settings.lora_dropout)
+    generator = torch.Generator().manual_seed(_module_seed(seed, path))
+    try:
+        a_RI, b_OR = start.factors(_start_weight(layer, start.anchored), rank, scale, generator)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}; next: a lower --r, or another --init-lora-weights") from error
+    if settings.method == "dora":
+        base = layer.base if isinstance(layer, Leaf) else Dense.from_linear(layer)
+        return DoRA(a_RI, b_OR, base.row_norms().cpu(), scale, settings.lora_dropout)
+    kind = AnchoredLoRA if start.anchored else LoRA
+    return kind(a_RI, b_OR, scale, settings.lora_dropout)
 
 
-def _start_weight(layer: nn.Module) -> torch.Tensor:
-    """What a start is given: the weight; of a quantised layer its shape alone, for starts look at no values."""
+def _start_weight(layer: nn.Module, values: bool) -> torch.Tensor:
+    """What a start is given: the weight; of a quantised layer its shape alone where the start looks at no values."""
     if isinstance(layer, Leaf) and layer.base.storage != "dense":
-        return torch.empty(layer.out_features, layer.in_features, device="meta")
+        return layer.base.dense() if values else torch.empty(layer.out_features, layer.in_features, device="meta")
     return layer.weight
 
 
@@ -207,11 +216,8 @@ def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
     for note in check_base(adapter, model, fingerprints.of(model)):
         warnings.warn(note, UserWarning, stacklevel=4)
     dropout = float(adapter.card.settings.get("lora_dropout", 0.0))
-    made: dict[str, Method] = {}
-    for path in adapter.modules():
-        a_RI, b_OR = adapter.factors(path)
-        made[path] = LoRA.from_plain(a_RI, b_OR, adapter.card.scales.get(path, 1.0), dropout)
-    return made
+    method, scales = method_class(adapter.card.method), adapter.card.scales
+    return {path: method.from_tensors(adapter.of(path), scales.get(path, 1.0), dropout) for path in adapter.modules()}
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -240,7 +246,7 @@ def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage:
     scales = {path: method.scale for path, method in methods.items()}
     dropout = next((method.dropout for method in methods.values()), 0.0)
     return Card(
-        method="lora",
+        method=next((method.name for method in methods.values()), "lora"),
         settings={"lora_dropout": dropout},
         scales=scales,
         ranks=ranks,

@@ -15,7 +15,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from veneer.adapter.attach import methods_of, take
 from veneer.adapter.card import Adapter
 from veneer.errors import AdapterError, listed
-from veneer.methods.lora import LoRA
 
 FOLDER = "adapter"
 
@@ -63,15 +62,16 @@ class AdapterCallback(TrainerCallback):
     def _put_back(self, model: nn.Module, checkpoint: Path) -> None:
         """Copies the checkpoint's factors into the slot, in place: the optimiser holds on to these tensors."""
         adapter, methods = Adapter.load(checkpoint / FOLDER), methods_of(model, self.name)
-        shapes = {path: [tuple(p.shape) for p in method.parameters()] for path, method in methods.items()}
-        saved = {path: [tuple(factor.shape) for factor in adapter.factors(path)] for path in adapter.modules()}
-        differing = sorted(path for path in shapes | saved if shapes.get(path) != saved.get(path))
-        if differing:
-            faults = [f"{p}: checkpoint {saved.get(p)}, attached {shapes.get(p)}" for p in differing]
+        faults = [f"{path}: attached, not in the checkpoint" for path in methods if f"{path}.a" not in adapter.tensors]
+        faults += [f"{path}: in the checkpoint, not attached" for path in adapter.modules() if path not in methods]
+        for path, method in methods.items() if not faults else ():
+            try:
+                method.restore(adapter.of(path))
+            except ValueError as error:
+                faults.append(f"{path}: {error}")
+        if faults:
             next_step = "Attach with the settings of the run that wrote it."
             raise AdapterError(listed(f"{checkpoint} holds another adapter:", faults, next_step))
-        for path, method in methods.items():
-            method.load_state_dict(LoRA.from_plain(*adapter.factors(path), method.scale).state_dict())
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from veneer.adapter.faults import json_faults, module_faults, tensor_faults
+from veneer.adapter.faults import json_faults, method_faults, module_faults, tensor_faults
 from veneer.adapter.files import Unreadable, parse_object, read_whole, write_folder
 from veneer.adapter.formats import JSON_LIMIT, PeftFolder, read_peft, write_peft
 from veneer.errors import AdapterError, ModelError, listed
+from veneer.methods import method_class
 from veneer.model.fingerprint import Fingerprint
 
 CARD = "veneer.json"
@@ -105,16 +106,18 @@ class Card:
 class Adapter:
     """Plain low-rank factors and their card.
 
-    tensors: `<module path>.a` (R, I) and `<module path>.b` (O, R), so that ΔW = b @ a; float32, contiguous, on the CPU,
-    finite, sorted by name; copies of what was given, so that training on does not change a value. Two adapters are the
-    same if their `identity` is. Raises AdapterError with every fault.
+    tensors: `<module path>.a` (R, I) and `<module path>.b` (O, R), so that ΔW = b @ a, and for DoRA the magnitudes
+    `<module path>.m` (O); float32, contiguous, on the CPU, finite, sorted by name; copies of what was given, so that
+    training on does not change a value. Two adapters are the same if their `identity` is. Raises AdapterError with
+    every fault.
     """
 
     tensors: dict[str, Tensor]
     card: Card
 
     def __post_init__(self) -> None:
-        if faults := [*tensor_faults(self.tensors), *module_faults(self.tensors, self.card.ranks, self.card.scales)]:
+        faults = method_faults(self.card.method) or tensor_faults(self.tensors, method_class(self.card.method).kinds)
+        if faults := [*faults, *module_faults(self.tensors, self.card.ranks, self.card.scales)]:
             raise AdapterError(listed("Not an adapter:", faults, "Nothing was made."))
         owned = {name: _owned(tensor) for name, tensor in sorted(self.tensors.items())}
         object.__setattr__(self, "tensors", owned)
@@ -142,6 +145,10 @@ class Adapter:
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """(a_RI, b_OR) of one module. Raises KeyError."""
         return self.tensors[f"{module}.a"], self.tensors[f"{module}.b"]
+
+    def of(self, module: str) -> dict[str, Tensor]:
+        """All tensors of one module by kind: a, b and what else its method keeps. Raises KeyError."""
+        return {kind: self.tensors[f"{module}.{kind}"] for kind in method_class(self.card.method).kinds}
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> Adapter:
@@ -173,10 +180,10 @@ class Adapter:
         if peft is None:
             return None
         if card is None:
-            ranks = {module: len(a_RI) for module, (a_RI, _) in peft.factors.items()}
-            card = Card("lora", peft.settings, peft.scales, ranks, base_name=peft.base_name)
-        named = {f"{module}.a": a_RI for module, (a_RI, _) in peft.factors.items()}
-        return cls(named | {f"{module}.b": b_OR for module, (_, b_OR) in peft.factors.items()}, card)
+            ranks = {module: len(tensors["a"]) for module, tensors in peft.modules.items()}
+            card = Card(peft.method, peft.settings, peft.scales, ranks, base_name=peft.base_name)
+        named = {f"{module}.{kind}": t for module, tensors in peft.modules.items() for kind, t in tensors.items()}
+        return cls(named, card)
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write a PEFT folder with a card; other files in the folder stay. Equal adapters give equal bytes.
@@ -187,7 +194,7 @@ class Adapter:
         if path.exists() and not path.is_dir():
             raise AdapterError(f"{path}: a file. Wanted a folder, or a new name for one.")
         card = {**self.card.to_json(), "identity": self.identity}
-        files = write_peft({module: self.factors(module) for module in self.modules()}, self.card.base_name)
+        files = write_peft({module: self.of(module) for module in self.modules()}, self.card.base_name)
         files[CARD] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
         try:
             write_folder(path, files)

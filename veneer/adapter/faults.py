@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.methods import METHODS
+
 MODULE = re.compile(
     r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
 )  # a module path; nothing that could reach a log or a file name
@@ -24,9 +26,11 @@ def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = 8
         faults.append(f"{what}: {', '.join(where[:shown])}{more}")
 
 
-def chains(a: Tensor, b: Tensor) -> bool:
-    """Whether a (R, I) and b (O, R) are matrices without an empty side and of one rank R."""
-    return a.dim() == b.dim() == 2 and len(a) == b.shape[1] and min(*a.shape, *b.shape) > 0
+def chains(a: Tensor, b: Tensor, m: Tensor | None = None) -> bool:
+    """Whether a (R, I) and b (O, R) are matrices without an empty side and of one rank R, and m is (O)."""
+    if not (a.dim() == b.dim() == 2 and len(a) == b.shape[1] and min(*a.shape, *b.shape) > 0):
+        return False
+    return m is None or m.shape == b.shape[:1]
 
 
 def finite(tensor: Tensor) -> bool:
@@ -34,20 +38,31 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def tensor_faults(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Faults of an adapter's tensors: names, missing halves, shapes, types, values."""
+def method_faults(method: str) -> list[str]:
+    """Whether a card's method is one that we have."""
+    if method in METHODS:
+        return []
+    return [f"card.method: got {method!r:.80}, wanted one of {', '.join(METHODS)}; a later veneer may know it"]
+
+
+def tensor_faults(tensors: Mapping[str, Tensor], kinds: Sequence[str] = ("a", "b")) -> list[str]:
+    """Faults of an adapter's tensors: names, missing ones of those kinds, shapes, types, values."""
     faults: list[str] = []
-    odd = [name for name in tensors if not MODULE.fullmatch(name[:-2]) or name[-2:] not in (".a", ".b")]
-    pairs = {name[:-2] for name in tensors if name not in odd}
-    whole = sorted(module for module in pairs if f"{module}.a" in tensors and f"{module}.b" in tensors)
-    shapes = {module: (tensors[f"{module}.a"], tensors[f"{module}.b"]) for module in whole}
-    add_fault(faults, "names (wanted <module path>.a or .b)", [f"{name!r:.200}" for name in odd])
-    add_fault(faults, "one factor of two", sorted(pairs - set(whole)))
-    add_fault(
-        faults,
-        "shapes do not chain (wanted a [R, I] and b [O, R])",
-        [f"{m} (a {list(a.shape)}, b {list(b.shape)})" for m, (a, b) in shapes.items() if not chains(a, b)],
-    )
+    parts = {name: name.rpartition(".") for name in tensors}
+    odd = [name for name, (module, _, kind) in parts.items() if kind not in kinds or not MODULE.fullmatch(module)]
+    found = {module for name, (module, _, _) in parts.items() if name not in odd}
+    whole = sorted(module for module in found if all(f"{module}.{kind}" in tensors for kind in kinds))
+    shapes = {module: [tensors[f"{module}.{kind}"] for kind in kinds] for module in whole}
+    wanted = f"<module path>.{', .'.join(kinds[:-1])} or .{kinds[-1]}"
+    add_fault(faults, f"names (wanted {wanted})", [f"{name!r:.200}" for name in odd])
+    add_fault(faults, f"not all of {', '.join(kinds)}", sorted(found - set(whole)))
+    told = "a [R, I] and b [O, R]" + (", m [O]" if "m" in kinds else "")
+    unchained = [
+        f"{module} ({', '.join(f'{kind} {list(t.shape)}' for kind, t in zip(kinds, held, strict=True))})"
+        for module, held in shapes.items()
+        if not chains(*held)
+    ]
+    add_fault(faults, f"shapes do not chain (wanted {told})", unchained)
     add_fault(faults, "not floating point", [n for n, t in tensors.items() if not t.is_floating_point()])
     add_fault(faults, "NaN or infinite values", [n for n, t in tensors.items() if not finite(t)])
     return faults if tensors else ["no tensors"]

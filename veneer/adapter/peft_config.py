@@ -20,7 +20,6 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those 
 
 # Settings that add something to s · B A, with what they add: refused unless empty.
 _REFUSED = {
-    "use_dora": "DoRA rescales each output by a learned magnitude",
     "lora_bias": "a bias is learned beside B A",
     "modules_to_save": "whole copies of base modules are part of the adapter",
     "trainable_token_indices": "rows of the embedding are part of the adapter",
@@ -42,11 +41,19 @@ _HARMLESS = frozenset(
     "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
     "ensure_weight_tying runtime_config".split()
 )
-_READ = frozenset(["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"])
-RECORDED = (*sorted(_READ - {"bias"}), "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform")
+_READ = frozenset(
+    ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "use_dora"]
+)
+RECORDED = (
+    *sorted(_READ - {"bias", "use_dora"}),
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+)
 
 
-def written(ranks: Mapping[str, int], base_name: str | None) -> dict[str, Any]:
+def written(ranks: Mapping[str, int], base_name: str | None, use_dora: bool = False) -> dict[str, Any]:
     """adapter_config.json for modules of these ranks, with alpha = r everywhere.
 
     Targets are whole paths: an end such as `q_proj` would also adapt the layers that a rank plan left out.
@@ -66,7 +73,7 @@ def written(ranks: Mapping[str, int], base_name: str | None) -> dict[str, Any]:
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": use_dora,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

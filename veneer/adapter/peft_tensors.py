@@ -18,8 +18,9 @@ PREFIX = "base_model.model."
 _LIMIT = 64 * 2**30  # bytes
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m"}  # PEFT's names -> ours
+_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_[AB]\.weight|lora_magnitude_vector)")
 _FOREIGN_KEYS = {
-    "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "an adapted embedding",
     "lora_B.bias": "lora_bias",
     "modules_to_save": "modules_to_save",
@@ -28,26 +29,32 @@ _FOREIGN_KEYS = {
 }
 
 
-def read_pairs(folder: Path, faults: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (a_RI, b_OR) in float32, as stored. Incomplete and broken modules are faults and left out."""
-    tensors = _read_tensors(folder, faults)
+def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Module path -> kind (a, b; m of DoRA) -> tensor in float32, as stored. Incomplete and broken modules are faults
+    and left out."""
     found: dict[str, dict[str, Tensor]] = {}
     strangers = []
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
-        module = match[1].removeprefix(PREFIX) if match and key.startswith(PREFIX) else ""
+    for key, tensor in _read_tensors(folder, faults).items():
+        match = _KEY.fullmatch(key)
+        module = match["module"].removeprefix(PREFIX) if match and key.startswith(PREFIX) else ""
         if match and MODULE.fullmatch(module):
-            found.setdefault(module, {})[match[2]] = tensor
+            found.setdefault(module, {})[KINDS[match["kind"]]] = tensor
         else:
             strangers.append(_stranger(key))
     wanted = f"wanted {PREFIX}<module>.lora_A.weight or .lora_B.weight"
     add_fault(faults, f"keys that are not understood ({wanted})", strangers)
-    add_fault(faults, "lora_A without lora_B", [module for module in found if "B" not in found[module]])
-    add_fault(faults, "lora_B without lora_A", [module for module in found if "A" not in found[module]])
-    pairs = {module: (found[module]["A"], found[module]["B"]) for module in sorted(found) if len(found[module]) == 2}
-    unchained = [f"{m} (A {list(a.shape)}, B {list(b.shape)})" for m, (a, b) in pairs.items() if not chains(a, b)]
-    add_fault(faults, "shapes do not chain (wanted A [r, in] and B [out, r])", unchained)
-    return {module: pair for module, pair in pairs.items() if chains(*pair)}
+    whole = {}
+    for name, kind in KINDS.items():
+        if kind == "m" and not any("m" in held for held in found.values()):
+            continue
+        lacking = [module for module, held in found.items() if kind not in held]
+        add_fault(faults, f"without {name.removesuffix('.weight')}, which other tensors need", lacking)
+        whole = {module: found[module] for module in sorted(found) if module not in lacking}
+        found = whole
+    bad = {module: held for module, held in whole.items() if not chains(**held)}
+    told = [f"{m} ({', '.join(f'{k.upper()} {list(t.shape)}' for k, t in held.items())})" for m, held in bad.items()]
+    add_fault(faults, "shapes do not chain (wanted A [r, in] and B [out, r])", told)
+    return {module: held for module, held in whole.items() if module not in bad}
 
 
 def _stranger(key: str) -> str:

@@ -27,6 +27,7 @@ class Base(nn.Module):
     bias: nn.Parameter | None
     in_features: int
     out_features: int
+    _norms: tuple[Any, Tensor] | None = None  # of the weight's state, see `row_norms`
 
     @classmethod
     def from_weight(cls: type[Self], weight_OI: Tensor, bias_O: Tensor | None = None) -> Self:
@@ -86,8 +87,13 @@ class Base(nn.Module):
         return self.decode(torch.float32)
 
     def row_norms(self) -> Tensor:
-        """Euclidean norm of every output row, (O) in float32."""
-        return torch.linalg.vector_norm(self.dense(), dim=1)
+        """Euclidean norm of every output row, (O) in float32; computed once, since W is frozen."""
+        if torch.compiler.is_compiling() and self._norms is not None:
+            return self._norms[1]
+        state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
+        if self._norms is None or self._norms[0] != state:
+            self._norms = (state, torch.linalg.vector_norm(self.dense(), dim=1))
+        return self._norms[1].clone()
 
     def packed(self: Self, w_OI: Tensor) -> Self:
         """Another weight of the same shape in the same storage and dtype; this one is unchanged."""

@@ -27,25 +27,38 @@ from veneer.config.values import (
 )
 
 Positive = Annotated[int, Field(ge=1)]
+Start = Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "milora", "olora"]
 
 
 class LoraSettings(Settings):
-    """LoRA (arXiv:2106.09685): W + s·B·A with s = lora_alpha / r unless said otherwise."""
+    """LoRA (arXiv:2106.09685): W + s·B·A with s = lora_alpha / r unless said otherwise; DoRA (arXiv:2402.09353)."""
 
     group: ClassVar[str] = "Low-rank update"
 
+    method: Literal["lora", "dora"] = Field(
+        default="lora", description="kind of update; dora learns a magnitude for each output beside B·A"
+    )
     r: int = Field(default=16, ge=1, description="rank of the update of each layer")
     lora_alpha: float = Field(default=32.0, gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the update's inputs dropped in training")
     use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r) instead")
     scale: float | None = Field(default=None, gt=0, description="the scale itself; wins over lora_alpha and use_rslora")
-    init_lora_weights: Literal["kaiming", "gaussian"] = Field(
-        default="kaiming", description="start of A; B starts at zero"
+    init_lora_weights: Start = Field(
+        default="kaiming",
+        description="start of A, with B at zero; or of both by the weight's SVD (pissa, milora) or QR (olora), kept as "
+        "an anchor: the adapter is saved at twice the rank",
     )
     target_modules: Targets = Field(default="all-linear", description="layers to adapt, by name or end of name")
     exclude_modules: Names = Field(default=[], description="layers to leave out of target_modules")
     rank_pattern: Ranks = Field(default={}, description="other ranks for some layers")
     alpha_pattern: Alphas = Field(default={}, description="other lora_alpha for some layers")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> LoraSettings:
+        if self.method == "dora" and self.init_lora_weights not in ("kaiming", "gaussian"):
+            told = {"start": self.init_lora_weights}
+            raise PydanticCustomError("dora_start", "`method` dora does not go with `init_lora_weights` {start}", told)
+        return self
 
 
 class DataSettings(Settings):
@@ -93,6 +106,9 @@ class TrainSettings(Settings):
     warmup_ratio: float = Field(default=0.1, ge=0, le=1, description="share of the steps that warm up from zero")
     warmup_steps: int | None = Field(default=None, ge=0, description="warm-up in steps; wins over warmup_ratio")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled decay of A and B")
+    loraplus_lr_ratio: float = Field(
+        default=1.0, ge=1, description="LoRA+: B learns at this many times the rate of A; 16 in its paper"
+    )
     optim: Optim = Field(default="adamw", description="optimiser; 8-bit and paged ones come from bitsandbytes")
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient's norm to this; 0 = never")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
@@ -128,6 +144,8 @@ class TrainSettings(Settings):
         others = []
         if self.max_grad_norm > 0:
             others.append("`max_grad_norm` (give 0)")
+        if self.loraplus_lr_ratio != 1:
+            others.append("`loraplus_lr_ratio` (give 1)")
         if self.gradient_accumulation_steps > 1:
             others.append("`gradient_accumulation_steps` (give 1)")
         if self.gradient_checkpointing is False:
@@ -147,7 +165,6 @@ class RunConfig(StorageSettings):
 
     base_model: ModelName = Field(description="hub id, local folder, GGUF file, or smollm2")
     output_dir: Folder = Field(description="folder for adapter, metrics, checkpoints and report")
-    method: Literal["lora"] = Field(default="lora", description="kind of update")
     data: DataSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)

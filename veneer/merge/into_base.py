@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
+from veneer.bases.base import Base
 from veneer.errors import ConfigError, ModelError
+from veneer.methods.base import Method
 from veneer.model.load import DTYPES, Loaded, load
 from veneer.model.packed import speaking
 from veneer.model.saving import make_dense
@@ -65,7 +67,7 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     attach(loaded.model, adapter, SLOT)
     wanted = _logits(loaded.model, SLOT)
     rounding = {
-        path: _rounding(method.merged(loaded.model.get_submodule(path).base), method.plain(), chosen)
+        path: _rounding(method, loaded.model.get_submodule(path).base, chosen)
         for path, method in methods_of(loaded.model, SLOT).items()
     }
     merge_into(loaded.model, SLOT)
@@ -98,11 +100,11 @@ def _logits(model: nn.Module, slot: str | None) -> Tensor:
         return model(input_ids=ids).logits.float()
 
 
-def _rounding(merged_OI: Tensor, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[float, float]:
+def _rounding(method: Method, base: Base, dtype: torch.dtype) -> tuple[float, float]:
     """‖stored - merged‖ and ‖ΔW‖ of one layer."""
-    a_RI, b_OR = factors
+    merged_OI = method.merged(base)
     error = torch.linalg.vector_norm(merged_OI.to(dtype).float() - merged_OI).item()
-    return error, torch.linalg.vector_norm(b_OR @ a_RI).item()
+    return error, method.update_norm(base)
 
 
 def _write(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype) -> Tensor:

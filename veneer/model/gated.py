@@ -78,7 +78,7 @@ def _fits(leaf: Leaf, slot: str) -> bool:
     if slot not in leaf.slots:
         return False
     method = leaf.slots[slot]
-    return isinstance(method, LoRA) and method.a_RI.shape[0] <= MOST_RANK
+    return isinstance(method, LoRA) and method.rank <= MOST_RANK
 
 
 def _watched(mlp: nn.Module) -> bool:

@@ -59,7 +59,7 @@ def compute(caller: Leaf, x: Tensor, leaves: list[Leaf]) -> dict[str, Tensor]:
         own = leaf.pieces(x_TI.shape[0]) if leaf.in_features == caller.in_features else []
         for span, lora in own:
             pieces.append(Piece(span.start, span.stop, len(factors), lora.scale * span.weight, len(together)))
-            factors.append((lora.a_RI, lora.b_OR))
+            factors.append(lora.pair())
         together += [leaf] if own else []
     ys = lora_linears(x_TI, caller.wiring.operands(together), pieces, factors)
     return {leaf.path: y_TO for leaf, y_TO in zip(together, ys, strict=True)}

@@ -48,7 +48,7 @@ def traced(leaf: Leaf, x: Tensor) -> Tensor:
     family = _family(leaf, slot)
     if wiring.thin is None or wiring.thin[0] is not x:
         methods = [other.slots[slot] for other in family]
-        factors = [tensor for method in methods for tensor in (method.a_RI, method.b_OR)]
+        factors = [tensor for method in methods for tensor in method.pair()]
         scales = [method.scale for method in methods]
         wiring.thin = (x, lora_family(x.reshape(-1, leaf.in_features), family[0].number, slot, factors, scales))
     outs = wiring.thin[1]
@@ -68,8 +68,21 @@ def _by_delta(leaf: Leaf, x: Tensor, slot: str) -> Tensor:
     x_TI = x.reshape(-1, leaf.in_features)
     y_TO = _bare(leaf, x_TI)
     bare_TO = y_TO if leaf.bias is None else y_TO - leaf.bias.to(y_TO.dtype)
-    y_TO = y_TO + leaf.slots[slot].delta(x_TI, bare_TO, leaf.base)
+    y_TO = y_TO + leaf.slots[slot].delta(x_TI, bare_TO, _Opaque(leaf))
     return y_TO.view(*x.shape[:-1], leaf.out_features)
+
+
+class _Opaque:
+    """A leaf's base as a method may ask of it while compiled: its product is one operation, whatever it stores."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.leaf = leaf
+
+    def matmul(self, x_TI: Tensor) -> Tensor:
+        return frozen_product(x_TI, self.leaf.number, self.leaf.out_features)
+
+    def row_norms(self) -> Tensor:
+        return self.leaf.base.row_norms()
 
 
 def _bare(leaf: Leaf, x_TI: Tensor) -> Tensor:
@@ -185,7 +198,7 @@ lora_family.register_autograd(_backward, setup_context=_keep)
 def traced_mlp(leaves: Sequence[Leaf], slot: str, x: Tensor) -> Tensor:
     """down(silu(gate(x)) · up(x)) for x (..., D), of the leaves gate, up and down, while a layer is being compiled."""
     methods = [leaf.slots[slot] for leaf in leaves]
-    factors = [tensor for method in methods for tensor in (method.a_RI, method.b_OR)]
+    factors = [tensor for method in methods for tensor in method.pair()]
     numbers, scales = [leaf.number for leaf in leaves], [method.scale for method in methods]
     y_TD = gated_mlp(x.reshape(-1, leaves[0].in_features), numbers, factors, scales)[0]
     return y_TD.view(*x.shape[:-1], leaves[2].out_features)

@@ -16,7 +16,15 @@ from veneer.data.chat import Example
 from veneer.errors import CheckpointError, NonFiniteLossError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
-from veneer.train.optim import FlatParameters, by_family, optimizer_state, restore_optimizer, start_optimizer
+from veneer.train.optim import (
+    FlatParameters,
+    by_family,
+    first_last,
+    optimizer_state,
+    restore_optimizer,
+    set_rate,
+    start_optimizer,
+)
 from veneer.train.parts import PartedParameters, by_layer
 from veneer.train.schedule import factor
 
@@ -63,13 +71,18 @@ class Job:
         self.total = total_steps(self.settings, len(self.train))
         self.batches = _batches(self.settings, len(self.train))
         self.parted = PartedParameters(by_layer(self.methods)) if self.settings.optimizer_in_bwd else None
-        self.flat = self.parted or FlatParameters(by_family(self.methods))
+        self.flat = self.parted or self._flat()
         self.optimizer = start_optimizer(self.flat, self.settings)
         # Whether all losses and gradients so far were; a tensor, so that the device can ask.
         self.finite = torch.tensor(True, device=self.flat.values_P.device)
         epoch = self.batches.steps_per_epoch
         self.eval_steps = self.settings.eval_steps or epoch
         self.save_steps = self.settings.save_steps or max(1, min(epoch, self.total // 8))
+
+    def _flat(self) -> FlatParameters:
+        if self.settings.loraplus_lr_ratio == 1:
+            return FlatParameters(by_family(self.methods))
+        return FlatParameters(*first_last(self.methods))
 
     @property
     def done(self) -> bool:
@@ -113,7 +126,7 @@ class Job:
             self.parted.begin()
 
     def _set_rate(self) -> None:
-        self.optimizer.param_groups[0]["lr"] = self.rate
+        set_rate(self.optimizer, self.rate)
 
     def layer_ended(self, layer: nn.Module) -> None:
         """Updates what is trained in `layer`, whose backward has ended, where the settings ask for that."""

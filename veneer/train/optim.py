@@ -20,13 +20,20 @@ from veneer.errors import ConfigError
 from veneer.methods.base import Method
 from veneer.model.siblings import family
 
+Groups = list[dict[str, Any]]  # torch's parameter groups; `ratio`: of the rate
+
 
 class FlatParameters:
-    """The parameters given become views of `values_P`, their gradients views of `grads_P`."""
+    """The parameters given become views of `values_P`, their gradients views of `grads_P`.
+
+    first: how many of them, from the first on, learn at the rate; the others learn at `ratio` times it (LoRA+, Hayou et
+    al. 2024, arXiv 2402.12354: A first, then B). None: all at the same.
+    """
 
     grads_P: Tensor
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], first: int | None = None) -> None:
+        self.first = None if first is None else sum(parameter.numel() for parameter in parameters[:first])
         total = sum(parameter.numel() for parameter in parameters)
         self.values_P = nn.Parameter(torch.empty(total, dtype=torch.float32, device=parameters[0].device))
         for parameter, piece in zip(parameters, _split(self.values_P.data, parameters), strict=True):
@@ -45,8 +52,13 @@ class FlatParameters:
 
     @property
     def optimised(self) -> list[nn.Parameter]:
-        """What an optimiser is to be over."""
-        return [self.values_P]
+        """What an optimiser is to be over; where there are two, the second learns at another rate."""
+        if self.first is None:
+            return [self.values_P]
+        halves = [nn.Parameter(half) for half in self.values_P.data.tensor_split([self.first])]
+        for half, grad in zip(halves, self.grads_P.tensor_split([self.first]), strict=True):
+            half.grad = grad
+        return halves
 
     def clip(self, max_norm: float) -> Tensor:
         """The gradient's norm before clipping, a scalar tensor; 0 never clips."""
@@ -86,37 +98,51 @@ def by_family(methods: Mapping[str, Method]) -> list[nn.Parameter]:
     return ordered
 
 
-def adamw(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
+def first_last(methods: Mapping[str, Method]) -> tuple[list[nn.Parameter], int]:
+    """The parameters of methods (by path), every A before all that is no A; how many A there are."""
+    own = {path: list(method.parameters()) for path, method in methods.items()}
+    ordered = by_family(methods)
+    first = {id(parameters[0]) for parameters in own.values()}
+    return sorted(ordered, key=lambda parameter: id(parameter) not in first), len(first)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Of the coming step: each group's share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("ratio", 1.0)
+
+
+def adamw(groups: Groups, settings: TrainSettings) -> Optimizer:
     """torch's fused AdamW (Loshchilov & Hutter, arXiv 1711.05101); the rate is set each step."""
-    return torch.optim.AdamW(flat.optimised, **_options(settings), fused=True)
+    return torch.optim.AdamW(groups, **_options(settings), fused=True)
 
 
-def adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
+def adamw_8bit(groups: Groups, settings: TrainSettings) -> Optimizer:
     """AdamW with moments in 8 bits, each block of 256 with a scale of its own (Dettmers et al., arXiv 2110.02861).
 
     An adapter under 4,096 parameters keeps its moments in 32 bits.
     """
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    return AdamW8bit(flat.optimised, **_options(settings))
+    return AdamW8bit(groups, **_options(settings))
 
 
-def paged_adamw(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
+def paged_adamw(groups: Groups, settings: TrainSettings) -> Optimizer:
     """AdamW with moments in memory that CUDA moves to the host and back as it needs to."""
     from bitsandbytes.optim.adamw import PagedAdamW32bit
 
-    return PagedAdamW32bit(flat.optimised, **_options(settings))
+    return PagedAdamW32bit(groups, **_options(settings))
 
 
-def paged_adamw_8bit(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
+def paged_adamw_8bit(groups: Groups, settings: TrainSettings) -> Optimizer:
     """Both: moments in 8 bits, in paged memory."""
     from bitsandbytes.optim.adamw import PagedAdamW8bit
 
-    return PagedAdamW8bit(flat.optimised, **_options(settings))
+    return PagedAdamW8bit(groups, **_options(settings))
 
 
 # name -> function; the names are the values of the option `optim`
-OPTIMIZERS: dict[str, Callable[[FlatParameters, TrainSettings], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, TrainSettings], Optimizer]] = {
     "adamw": adamw,
     "adamw_8bit": adamw_8bit,
     "paged_adamw": paged_adamw,
@@ -139,7 +165,15 @@ def check_optimizer(name: str) -> None:
 def start_optimizer(flat: FlatParameters, settings: TrainSettings) -> Optimizer:
     """The optimiser that the settings name, at its start. Raises ConfigError as `check_optimizer`."""
     check_optimizer(settings.optim)
-    return OPTIMIZERS[settings.optim](flat, settings)
+    return OPTIMIZERS[settings.optim](_groups(flat, settings), settings)
+
+
+def _groups(flat: FlatParameters, settings: TrainSettings) -> list[dict[str, Any]]:
+    """What is optimised, in groups of one rate each."""
+    if flat.first is None:
+        return [{"params": flat.optimised}]
+    first, last = flat.optimised
+    return [{"params": [first]}, {"params": [last], "ratio": settings.loraplus_lr_ratio}]
 
 
 def step_where(optimizer: Optimizer, finite: Tensor) -> None:
@@ -174,22 +208,26 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers:
 
     A step of rate 0 makes the state, wherever its kind of optimiser keeps it (paged memory, say); then it is filled.
     """
-    optimizer.param_groups[0]["lr"] = 0.0
-    for mark, parameter in _marked(optimizer):
-        held = parameter.grad
-        parameter.grad = torch.zeros_like(parameter) if held is None else held.zero_()
+    set_rate(optimizer, 0.0)
+    held = [parameter.grad for _, parameter in _marked(optimizer)]
+    for _, parameter in _marked(optimizer):
+        parameter.grad = None  # only those that have one are stepped
+    for (mark, parameter), grad in zip(_marked(optimizer), held, strict=True):
+        parameter.grad = torch.zeros_like(parameter) if grad is None else grad.zero_()
         optimizer.step()
-        parameter.grad = held  # of several parameters, those that have one are stepped
+        parameter.grad = None
         state = optimizer.state[parameter]
         for name, value in state.items():
             if isinstance(value, Tensor):
                 value.copy_(tensors[mark + name])
             elif mark + name in numbers:
                 state[name] = numbers[mark + name]
+    for (_, parameter), grad in zip(_marked(optimizer), held, strict=True):
+        parameter.grad = grad
 
 
 def _marked(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return [(f"{number}." if len(parameters) > 1 else "", each) for number, each in enumerate(parameters)]
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from veneer.adapter.attach import attach, methods_of, take
 from veneer.config import RunConfig, write_yaml
 from veneer.errors import ConfigError
-from veneer.lowrank import norm
 from veneer.model.layers import as_they_were
 from veneer.model.load import Loaded, load, load_config, load_tokenizer
 from veneer.model.quantised import Way, check_way
@@ -168,6 +167,8 @@ def _check_machine(config: RunConfig) -> None:
     on_gpu = torch.cuda.is_available()
     if config.storage == "fp8" and config.train.fsdp:
         raise ConfigError("--load-in-fp8 is not shared out by --fsdp; next: --load-in-8bit, or leave --fsdp out")
+    if config.lora.method == "dora" and config.train.fsdp:
+        raise ConfigError("--method dora asks for whole rows of the base, and --fsdp shares them out; leave one out")
     check_way(Way(config.storage, torch.bfloat16, torch.device("cuda" if on_gpu else "cpu")))
     if config.train.gradient_checkpointing == "offload" and not on_gpu:
         raise ConfigError(
@@ -267,8 +268,8 @@ def update_norms(model: nn.Module, slot: str = SLOT) -> dict[str, float]:
     norms = {}
     for path, method in methods_of(model, slot).items():
         with gathered(model, path):
-            weight = torch.linalg.vector_norm(model.get_submodule(path).base.row_norms()).item()
-        norms[path] = float(f"{norm(*method.plain()) / weight:.4g}")
+            base = model.get_submodule(path).base
+            norms[path] = float(f"{method.update_norm(base) / torch.linalg.vector_norm(base.row_norms()).item():.4g}")
     return norms
 
 

@@ -30,6 +30,8 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
     power = next((power for name, power in WIDTH_POWER.items() if family.startswith(name)), WIDTH_POWER["llama"])
     rate = 5e-5 * 10 * (2000 / hidden) ** power
     reason = f"5e-5 · 10 · (2000 / {hidden})^{power}"
+    if settings.loraplus_lr_ratio != 1:  # A below and B above the rate that both would have
+        rate, reason = rate / settings.loraplus_lr_ratio**0.5, f"{reason} / √{settings.loraplus_lr_ratio:g} for A"
     if steps < SHORT_RUN:
         rate, reason = rate * 1.5, f"1.5 · {reason}, a run under {SHORT_RUN} steps"
     if lora.scale is not None or lora.use_rslora or lora.lora_alpha != 32:
