@@ -38,7 +38,7 @@ def test_options_of_other_tools_are_answered_with_advice() -> None:
 
 
 def test_a_section_is_not_an_option() -> None:
-    with pytest.raises(ConfigError, match=r"lora is a group of options.*: r, lora_alpha"):
+    with pytest.raises(ConfigError, match=r"lora is a group of options.*: method, r, lora_alpha"):
         RunConfig.from_flat({**GIVEN, "lora": {"r": 8}})
 
 
