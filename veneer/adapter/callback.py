@@ -6,10 +6,11 @@ would be neither saved nor, by `resume_from_checkpoint` and `load_best_model_at_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from veneer.adapter.attach import methods_of, take
@@ -62,16 +63,19 @@ class AdapterCallback(TrainerCallback):
     def _put_back(self, model: nn.Module, checkpoint: Path) -> None:
         """Copies the checkpoint's factors into the slot, in place: the optimiser holds on to these tensors."""
         adapter, methods = Adapter.load(checkpoint / FOLDER), methods_of(model, self.name)
-        faults = [f"{path}: attached, not in the checkpoint" for path in methods if f"{path}.a" not in adapter.tensors]
-        faults += [f"{path}: in the checkpoint, not attached" for path in adapter.modules() if path not in methods]
-        for path, method in methods.items() if not faults else ():
-            try:
-                method.restore(adapter.of(path))
-            except ValueError as error:
-                faults.append(f"{path}: {error}")
+        saved = {path: _shapes(adapter.of(path)) for path in adapter.modules()}
+        attached = {path: _shapes(method.tensors()) for path, method in methods.items()}
+        differing = sorted(path for path in saved | attached if saved.get(path) != attached.get(path))
+        faults = [f"{path}: checkpoint {saved.get(path)}, attached {attached.get(path)}" for path in differing]
         if faults:
             next_step = "Attach with the settings of the run that wrote it."
             raise AdapterError(listed(f"{checkpoint} holds another adapter:", faults, next_step))
+        for path, method in methods.items():
+            method.restore(adapter.of(path))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -26,11 +26,11 @@ def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = 8
         faults.append(f"{what}: {', '.join(where[:shown])}{more}")
 
 
-def chains(a: Tensor, b: Tensor, m: Tensor | None = None) -> bool:
-    """Whether a (R, I) and b (O, R) are matrices without an empty side and of one rank R, and m is (O)."""
+def chains(a: Tensor, b: Tensor, *vectors: Tensor) -> bool:
+    """Whether a (R, I) and b (O, R) are matrices without an empty side and of one rank R, and all vectors are (O)."""
     if not (a.dim() == b.dim() == 2 and len(a) == b.shape[1] and min(*a.shape, *b.shape) > 0):
         return False
-    return m is None or m.shape == b.shape[:1]
+    return all(vector.shape == b.shape[:1] for vector in vectors)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -56,7 +56,7 @@ def tensor_faults(tensors: Mapping[str, Tensor], kinds: Sequence[str] = ("a", "b
     wanted = f"<module path>.{', .'.join(kinds[:-1])} or .{kinds[-1]}"
     add_fault(faults, f"names (wanted {wanted})", [f"{name!r:.200}" for name in odd])
     add_fault(faults, f"not all of {', '.join(kinds)}", sorted(found - set(whole)))
-    told = "a [R, I] and b [O, R]" + (", m [O]" if "m" in kinds else "")
+    told = "a [R, I] and b [O, R]" + "".join(f", {kind} [O]" for kind in kinds[2:])
     unchained = [
         f"{module} ({', '.join(f'{kind} {list(t.shape)}' for kind, t in zip(kinds, held, strict=True))})"
         for module, held in shapes.items()

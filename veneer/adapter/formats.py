@@ -2,7 +2,8 @@
 
 Legend: R rank, I in, O out. On disk: adapter_config.json, and adapter_model.safetensors with, for each module,
 `base_model.model.<module>.lora_A.weight` (R, I) and `.lora_B.weight` (O, R). The update is s · B A. Inside veneer s is
-folded into B, once, here; written out, alpha = r, so that s = 1. DoRA has `.lora_magnitude_vector` (O) as well.
+folded into B, once, here; written out, alpha = r, so that s = 1. Some methods have a vector (O) as well, such as DoRA's
+`.lora_magnitude_vector`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 from veneer.adapter import peft_config
 from veneer.adapter.faults import add_fault, finite
 from veneer.adapter.files import Unreadable, parse_object, read_whole
-from veneer.adapter.peft_tensors import KINDS, PREFIX, WEIGHTS, read_modules
+from veneer.adapter.peft_tensors import KINDS, PREFIX, VECTORS, WEIGHTS, read_modules
+from veneer.methods import METHODS, method_class
 
 CONFIG = "adapter_config.json"
 JSON_LIMIT = 64 * 2**20  # bytes
@@ -29,8 +31,8 @@ JSON_LIMIT = 64 * 2**20  # bytes
 class PeftFolder:
     """What a PEFT folder says.
 
-    method: name in METHODS. modules: module path -> kind -> tensor (a_RI, b_OR, for DoRA m_O), float32, s folded into
-    b. scales: module path -> s. settings: the config's entries that say how it was made. base_name:
+    method: name in METHODS. modules: module path -> kind -> tensor (a_RI, b_OR, perhaps a vector), float32, s folded
+    into b (and into c). scales: module path -> s. settings: the config's entries that say how it was made. base_name:
     base_model_name_or_path.
     """
 
@@ -50,8 +52,8 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
         return None
     method = _method(config, stored, faults)
     scales = peft_config.scales(config, {module: len(held["a"]) for module, held in stored.items()}, faults)
-    modules = {module: {**held, "b": held["b"] * scales.get(module, 1.0)} for module, held in stored.items()}
-    lost = [module for module in stored if finite(stored[module]["b"]) and not finite(modules[module]["b"])]
+    modules = {module: _folded(held, scales.get(module, 1.0)) for module, held in stored.items()}
+    lost = [m for m in stored if any(finite(stored[m][kind]) and not finite(modules[m][kind]) for kind in stored[m])]
     add_fault(faults, "values overflow once the scale is folded in", lost)
     if len(faults) > before:
         return None
@@ -59,16 +61,26 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     return PeftFolder(method, modules, scales, settings, config.get("base_model_name_or_path"))
 
 
+def _folded(held: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """With the scale in what it multiplies: b, and a bias c beside it."""
+    return {kind: tensor * scale if kind in "bc" else tensor for kind, tensor in held.items()}
+
+
 def _method(config: Mapping[str, Any], stored: Mapping[str, Mapping[str, Tensor]], faults: list[str]) -> str:
     """What the tensors are of; a fault where the config tells another."""
-    found = any("m" in held for held in stored.values())
-    told = config.get("use_dora")
-    if told not in (True, False, None):
-        faults.append(f"use_dora: got {told!r:.80}, wanted true or false")
-    elif stored and bool(told) != found:
-        has = "has magnitudes" if found else "has no magnitudes (lora_magnitude_vector)"
-        faults.append(f"use_dora: got {told!r}, but {WEIGHTS} {has}")
-    return "dora" if found else "lora"
+    found = {kind for held in stored.values() for kind in held if kind in VECTORS.values()}
+    told = {kind for kind, key in peft_config.VECTOR_KEYS.items() if peft_config.is_on(config, key)}
+    names = {kind: name for name, kind in VECTORS.items()}
+    for kind in sorted(found ^ told) if stored else ():
+        has = f"{WEIGHTS} has {'its' if kind in found else 'no'} {names[kind]}"
+        faults.append(
+            f"{peft_config.VECTOR_KEYS[kind]}: got {config.get(peft_config.VECTOR_KEYS[kind])!r:.80}, but {has}"
+        )
+    known = {"".join(method_class(name).kinds[2:]): name for name in METHODS}
+    method = known.get("".join(sorted(found)))
+    if method is None:
+        faults.append(f"{' and '.join(peft_config.VECTOR_KEYS[kind] for kind in sorted(found))} together are not read")
+    return method or "lora"
 
 
 def write_peft(modules: Mapping[str, Mapping[str, Tensor]], base_name: str | None) -> dict[str, bytes]:
@@ -80,8 +92,8 @@ def write_peft(modules: Mapping[str, Mapping[str, Tensor]], base_name: str | Non
         for module, held in sorted(modules.items())
         for kind, tensor in held.items()
     }
-    is_dora = any("m" in held for held in modules.values())
-    config = peft_config.written({module: len(held["a"]) for module, held in modules.items()}, base_name, is_dora)
+    vectors = {kind for held in modules.values() for kind in held if kind in VECTORS.values()}
+    config = peft_config.written({module: len(held["a"]) for module, held in modules.items()}, base_name, vectors)
     return {
         WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

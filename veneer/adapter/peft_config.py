@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those 
 
 # Settings that add something to s · B A, with what they add: refused unless empty.
 _REFUSED = {
-    "lora_bias": "a bias is learned beside B A",
     "modules_to_save": "whole copies of base modules are part of the adapter",
     "trainable_token_indices": "rows of the embedding are part of the adapter",
     "target_parameters": "parameters are adapted that are not linear layers",
@@ -42,10 +41,12 @@ _HARMLESS = frozenset(
     "ensure_weight_tying runtime_config".split()
 )
 _READ = frozenset(
-    ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "use_dora"]
+    "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias use_dora lora_bias".split()
 )
+# kind of a vector beside the factors -> the setting that announces it
+VECTOR_KEYS = {"m": "use_dora", "c": "lora_bias", "o": "bias"}
 RECORDED = (
-    *sorted(_READ - {"bias", "use_dora"}),
+    *sorted(_READ - set(VECTOR_KEYS.values())),
     "lora_dropout",
     "target_modules",
     "exclude_modules",
@@ -53,7 +54,7 @@ RECORDED = (
 )
 
 
-def written(ranks: Mapping[str, int], base_name: str | None, use_dora: bool = False) -> dict[str, Any]:
+def written(ranks: Mapping[str, int], base_name: str | None, vectors: Collection[str] = ()) -> dict[str, Any]:
     """adapter_config.json for modules of these ranks, with alpha = r everywhere.
 
     Targets are whole paths: an end such as `q_proj` would also adapt the layers that a rank plan left out.
@@ -73,9 +74,10 @@ def written(ranks: Mapping[str, int], base_name: str | None, use_dora: bool = Fa
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "use_rslora": False,
-        "use_dora": use_dora,
+        "use_dora": "m" in vectors,
+        "lora_bias": "c" in vectors,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": "lora_only" if "o" in vectors else "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -106,11 +108,19 @@ def scales(config: Mapping[str, Any], ranks: Mapping[str, int], faults: list[str
     return {module: alphas[module] / root(ranks[module]) for module in modules}
 
 
+def is_on(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a setting announces a vector."""
+    return config.get(key) == "lora_only" if key == "bias" else config.get(key) is True
+
+
 def _variants(config: Mapping[str, Any]) -> list[str]:
     """Whatever makes the adapter more than s · B A."""
     faults = [f"{key}: {reason}" for key, reason in _REFUSED.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias: got {config['bias']!r:.80}; biases of the base are part of the adapter")
+    if config.get("bias", "none") not in ("none", "lora_only"):
+        faults.append(f"bias: got {config['bias']!r:.80}; biases of layers without factors are part of the adapter")
+    for key in ("use_dora", "lora_bias"):
+        if config.get(key) not in (True, False, None):
+            faults.append(f"{key}: got {config[key]!r:.80}, wanted true or false")
     start = config.get("init_lora_weights")
     if not any(start is known or (isinstance(start, str) and start == known) for known in _STARTS):
         hint = "this start moves weight out of the base; save with path_initial_model_for_weight_conversion"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import safetensors.torch
@@ -18,11 +17,11 @@ PREFIX = "base_model.model."
 _LIMIT = 64 * 2**30  # bytes
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "m"}  # PEFT's names -> ours
-_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_[AB]\.weight|lora_magnitude_vector)")
+# PEFT's names -> ours; beside the factors, the vectors of the methods that have one
+VECTORS = {"lora_magnitude_vector": "m", "lora_B.bias": "c", "base_layer.bias": "o"}
+KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", **VECTORS}
 _FOREIGN_KEYS = {
     "lora_embedding_": "an adapted embedding",
-    "lora_B.bias": "lora_bias",
     "modules_to_save": "modules_to_save",
     "token_adapter": "trainable tokens",
     "base_layer": "base weights inside the adapter; save with save_embedding_layers=False",
@@ -30,28 +29,29 @@ _FOREIGN_KEYS = {
 
 
 def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Module path -> kind (a, b; m of DoRA) -> tensor in float32, as stored. Incomplete and broken modules are faults
+    """Module path -> kind (a, b, a vector) -> tensor in float32, as stored. Incomplete and broken modules are faults,
     and left out."""
     found: dict[str, dict[str, Tensor]] = {}
     strangers = []
     for key, tensor in _read_tensors(folder, faults).items():
-        match = _KEY.fullmatch(key)
-        module = match["module"].removeprefix(PREFIX) if match and key.startswith(PREFIX) else ""
-        if match and MODULE.fullmatch(module):
-            found.setdefault(module, {})[KINDS[match["kind"]]] = tensor
+        name = next((name for name in KINDS if key.endswith(f".{name}")), "")
+        module = key.removesuffix(f".{name}").removeprefix(PREFIX) if name and key.startswith(PREFIX) else ""
+        if MODULE.fullmatch(module):
+            found.setdefault(module, {})[KINDS[name]] = tensor
         else:
             strangers.append(_stranger(key))
     wanted = f"wanted {PREFIX}<module>.lora_A.weight or .lora_B.weight"
     add_fault(faults, f"keys that are not understood ({wanted})", strangers)
     whole = {}
     for name, kind in KINDS.items():
-        if kind == "m" and not any("m" in held for held in found.values()):
+        if name in VECTORS and not any(kind in held for held in found.values()):
             continue
         lacking = [module for module, held in found.items() if kind not in held]
         add_fault(faults, f"without {name.removesuffix('.weight')}, which other tensors need", lacking)
         whole = {module: found[module] for module in sorted(found) if module not in lacking}
         found = whole
-    bad = {module: held for module, held in whole.items() if not chains(**held)}
+    whole = {module: {kind: held[kind] for kind in KINDS.values() if kind in held} for module, held in whole.items()}
+    bad = {module: held for module, held in whole.items() if not chains(*held.values())}
     told = [f"{m} ({', '.join(f'{k.upper()} {list(t.shape)}' for k, t in held.items())})" for m, held in bad.items()]
     add_fault(faults, "shapes do not chain (wanted A [r, in] and B [out, r])", told)
     return {module: held for module, held in whole.items() if module not in bad}

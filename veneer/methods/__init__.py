@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 METHODS: dict[str, str] = {
     "lora": "veneer.methods.lora:LoRA",
     "dora": "veneer.methods.dora:DoRA",
+    "biased": "veneer.methods.biased:BiasedLoRA",
+    "rebiased": "veneer.methods.biased:RebiasedLoRA",
 }
 
 

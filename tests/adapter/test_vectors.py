@@ -1,4 +1,5 @@
-"""DoRA beside PEFT's: its folders load and ours do there, with equal logits; and what a broken one says."""
+"""DoRA and LoRA with a bias beside PEFT's: its folders load and ours do there, with equal logits; and what a broken one
+says."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from veneer.adapter.attach import attach, merge_into, methods_of, take
 from veneer.adapter.card import Adapter
 from veneer.bases.dense import Dense
 from veneer.config import LoraSettings
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, NotMergeable
 from veneer.methods.dora import DoRA
 
 peft = pytest.importorskip("peft")
@@ -110,11 +111,44 @@ def example(length):
     return Example(ids, tuple(i > 0 for i in range(length)), 0, 0)
 
 
+@pytest.mark.parametrize("options, method", [({"lora_bias": True}, "biased"), ({"bias": "lora_only"}, "rebiased")])
+def test_adapters_with_a_bias_load_train_on_and_leave(options, method, tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    def made():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_()
+        return model
+
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], **options)
+    theirs = peft.get_peft_model(made(), config)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    model, adapter = made(), Adapter.load(tmp_path / "theirs")
+    assert adapter.card.method == method
+    with pytest.warns(UserWarning, match="base unverified"):
+        attach(model, adapter)
+    take(model).save(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(made(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        wanted = theirs(input_ids=IDS).logits
+        for found in (model, again):
+            torch.testing.assert_close(found(input_ids=IDS).logits, wanted, rtol=0, atol=2e-5)
+    with pytest.raises(NotMergeable, match="learned a bias"):
+        merge_into(model)
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("no flag", "use_dora: got False, but adapter_model.safetensors has magnitudes"),
-        ("no magnitudes", "has no magnitudes"),
+        ("no flag", "use_dora: got False, but adapter_model.safetensors has its lora_magnitude_vector"),
+        ("no magnitudes", "has no lora_magnitude_vector"),
         ("one lacks", "without lora_magnitude_vector, which other tensors need"),
         ("another length", "shapes do not chain"),
         ("flag is text", "use_dora: got 'yes', wanted true or false"),
