@@ -176,7 +176,7 @@ def test_many_uneven_ranks_are_written_and_read_quickly():
 
 def test_equal_factors_are_equal_bytes_in_any_order(pico, adapter_for):
     adapter = adapter_for(pico())
-    pairs = [(module, adapter.factors(module)) for module in adapter.modules()]
+    pairs = [(module, adapter.of(module)) for module in adapter.modules()]
     assert write_peft(dict(pairs), "base") == write_peft(dict(reversed(pairs)), "base")
     header = write_peft(dict(pairs), "base")[WEIGHTS]
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == {"format": "pt"}
@@ -233,9 +233,9 @@ A, B = (f"base_model.model.{LAYER_0}.lora_{side}.weight" for side in "AB")
         (lambda t: t.update({"x.lora_A.weight": torch.ones(4, 4)}), ["not understood", "'x.lora_A.weight'"]),
         (lambda t: t.update({A.replace(".lora_A", ".lora_A.default"): t.pop(A)}), ["not understood", "lora_A.default"]),
         (lambda t: t.update({"base_model.model.a\n2.lora_A.weight": torch.ones(4, 4)}), ["not understood", r"a\n2"]),
-        (lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}), ["(DoRA)"]),
+        (lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}), ["factors without lora_magnitude_vector", "use_dora"]),
         (lambda t: t.update({"base_model.model.e.lora_embedding_A": torch.ones(4, 9)}), ["(an adapted embedding)"]),
-        (lambda t: t.update({B.replace("weight", "bias"): torch.ones(32)}), ["(lora_bias)"]),
+        (lambda t: t.update({B.replace("weight", "bias"): torch.ones(32)}), ["factors without lora_B.bias", "lora_bias"]),
         (lambda t: t.clear(), ["no tensors"]),
     ],
 )
@@ -383,7 +383,7 @@ def test_no_damage_to_the_bytes_ends_in_anything_but_adapter_error(tmp_path_fact
     good = tmp_path_factory.getbasetemp() / "fuzz"
     if not good.exists():
         good.mkdir()
-        factors = {"m": (torch.ones(2, 3), torch.ones(4, 2))}
+        factors = {"m": {"a": torch.ones(2, 3), "b": torch.ones(4, 2)}}
         for name, raw in write_peft(factors, None).items():
             (good / name).write_bytes(raw)
     name = data.draw(st.sampled_from([CONFIG, WEIGHTS]))

@@ -149,7 +149,7 @@ def test_adapters_with_a_bias_load_train_on_and_leave(options, method, tmp_path)
     [
         ("no flag", "use_dora: got False, but adapter_model.safetensors has its lora_magnitude_vector"),
         ("no magnitudes", "has no lora_magnitude_vector"),
-        ("one lacks", "without lora_magnitude_vector, which other tensors need"),
+        ("one lacks", "factors without lora_magnitude_vector"),
         ("another length", "shapes do not chain"),
         ("flag is text", "use_dora: got 'yes', wanted true or false"),
     ],

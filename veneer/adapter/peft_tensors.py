@@ -47,7 +47,8 @@ def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]
         if name in VECTORS and not any(kind in held for held in found.values()):
             continue
         lacking = [module for module, held in found.items() if kind not in held]
-        add_fault(faults, f"without {name.removesuffix('.weight')}, which other tensors need", lacking)
+        others = {"a": "lora_B", "b": "lora_A"}.get(kind, "factors")
+        add_fault(faults, f"{others} without {name.removesuffix('.weight')}", lacking)
         whole = {module: found[module] for module in sorted(found) if module not in lacking}
         found = whole
     whole = {module: {kind: held[kind] for kind in KINDS.values() if kind in held} for module, held in whole.items()}
