@@ -185,13 +185,10 @@ class Template:
         return rendered
 
     def _render_with(self, tools: Tools, batch: list[list[Message]], opened: bool) -> Iterator[str | Exception]:
+        given: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
             yield from self.tokenizer.apply_chat_template(
-                batch,
-                tools=list(tools) or None,
-                chat_template=self._layout,
-                tokenize=False,
-                add_generation_prompt=opened,
+                batch, chat_template=self._layout, tokenize=False, add_generation_prompt=opened, **given
             )
         except (TemplateError, ValueError, TypeError) as error:
             if len(batch) == 1:

@@ -49,21 +49,17 @@ def _rows(name: str) -> list[Row]:
         return _from_hub(name)
     path = Path(name)
     if path.is_dir() and any((path / file).exists() for file in _SAVED):
-        return _plain(_library(name).load_from_disk(name), name, lambda split: str(path / split))
+        return _plain(_loaded(name, "load_from_disk", name), name, lambda split: str(path / split))
     if not path.exists() and path.suffix.lower() not in KINDS and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"{name} does not exist. A data set of the Hugging Face Hub is written {HUB}{name}.")
     return read_rows(name)
 
 
 def _from_hub(name: str) -> list[Row]:
-    library, spelt = _library(name), _SPELLING.fullmatch(name.removeprefix(HUB))
+    spelt = _SPELLING.fullmatch(name.removeprefix(HUB))
     if spelt is None:
         raise DataError(f"{name} is no name of a data set. {WANTED_HUB}")
-    try:
-        found = library.load_dataset(spelt["name"], spelt["config"], split=spelt["split"])
-    except (library.exceptions.DatasetsError, OSError, ValueError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{name} cannot be loaded: {told[0]} {WANTED_HUB}") from error
+    found = _loaded(name, "load_dataset", spelt["name"], spelt["config"], split=spelt["split"])
     config = f"{spelt['config']}:" if spelt["config"] else ""
     return _plain(found, name, lambda split: f"{HUB}{spelt['name']}:{config}{split}")
 
@@ -80,9 +76,15 @@ def _plain(found: Any, name: str, spell: Any) -> list[Row]:
     return list(rows)
 
 
-def _library(name: str) -> Any:
+def _loaded(name: str, function: str, *where: str | None, **options: str | None) -> Any:
+    """What a function of the package datasets gives; its errors as ours."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"{name} is read by the package datasets; next: pip install datasets") from error
-    return datasets
+    try:
+        return getattr(datasets, function)(*where, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        wanted = WANTED_HUB if name.startswith(HUB) else ""
+        raise DataError(f"{name} cannot be loaded: {told[0].rstrip('.')}. {wanted}".rstrip()) from error

@@ -48,21 +48,24 @@ def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     parts = [_encoded(source, template, data) for source in sources]
     hashes = [source.sha256() for source in sources]
     sha256 = hashes[0] if len(hashes) == 1 else hashes
-    notes = [*template.notes, *_told(sources, parts, template)]
+    notes = _told(sources, parts, template)
     if data.eval_dataset is None:
         train, validation = _split(parts, data.validation_split, seed, notes)
         return TrainingData(_mixed(train, data, notes, seed), validation, tuple(notes), sha256)
     source = read_source(data.eval_dataset, data.columns)
     held = _encoded(source, template, data)
     train, _ = _split(parts, 0, seed, notes)
-    notes += [*_told([source], [held], template), *_seen_again(parts, held)]
+    notes += [note for note in _told([source], [held], template) if note not in notes]
+    notes += _seen_again(parts, held)
     return TrainingData(_mixed(train, data, notes, seed), held.examples, tuple(notes), sha256, source.sha256())
 
 
 def _told(sources: Sequence[Source], parts: Sequence[EncodedRows], template: Template) -> list[str]:
     """The notes of each data set, after its name where there are several."""
     told = [(source.name, note) for source, part in zip(sources, parts, strict=True) for note in part.notes]
-    return [f"{name}: {note}" if len(parts) > 1 else note for name, note in told if note not in template.notes]
+    several = len(parts) > 1
+    named = [f"{name}: {note}" if several and note not in template.notes else note for name, note in told]
+    return list(dict.fromkeys(named))
 
 
 def _encoded(source: Source, template: Template, data: DataSettings) -> EncodedRows:
