@@ -88,9 +88,7 @@ def test_what_the_hub_answers_is_told(monkeypatch, datasets):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/nmae' doesn't exist on the Hub.\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"^hub:org/nmae cannot be loaded: Dataset 'org/nmae' doesn't exist on the Hub\."
-    ):
+    with pytest.raises(DataError, match=r"^hub:org/nmae cannot be loaded: Dataset 'org/nmae' doesn't exist on"):
         read_source("hub:org/nmae")
     with pytest.raises(DataError, match="is no name of a data set"):
         read_source("hub:")
@@ -102,7 +100,7 @@ def test_a_path_that_does_not_exist_asks_no_network(monkeypatch, tmp_path, name)
     monkeypatch.setattr(builtins, "__import__", _without_datasets)
     with pytest.raises(DataError, match=rf"{name} does not exist\. A data set of the .* is written hub:{name}\."):
         read_source(name)
-    with pytest.raises(DataError, match="trian.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"trian\.jsonl does not exist"):
         read_source("org/trian.jsonl")
 
 

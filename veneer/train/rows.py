@@ -123,5 +123,5 @@ def _seen_again(parts: Sequence[EncodedRows], held: EncodedRows) -> list[str]:
     """What of a validation file is trained on as well."""
     trained, groups = {group for part in parts for group in part.groups()}, held.groups()
     count = sum(group in trained for group in groups)
-    what = "are texts" if isinstance(held, EncodedText) else "have a prompt"
+    what = "are texts that are" if isinstance(held, EncodedText) else "have a prompt that is"
     return [f"{count:,} of {len(groups):,} validation rows {what} trained on too"] if count else []
