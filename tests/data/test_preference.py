@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from veneer.config.values import split_dict
 from veneer.data.chat import Template, conversation
-from veneer.data.encode import encode
+from veneer.data.columns import with_columns
+from veneer.data.encode import encode, family_of
 from veneer.data.files import read_rows
 from veneer.data.layouts import Message
-from veneer.data.preference import encode_pairs, read_pair
+from veneer.data.preference import chosen_alone, encode_pairs, read_pair
 from veneer.errors import DataError
 
 TEXT = st.text(st.sampled_from("abc 1é"), min_size=1, max_size=6).filter(str.strip)
@@ -91,6 +93,22 @@ def test_what_is_no_pair_is_named(chatml, row, said):
         encode_pairs([{"prompt": "q", "chosen": "a", "rejected": "b"}, row], Template(chatml), 200, "rows.jsonl")
     assert "rows.jsonl: 1 of 2 rows" in str(caught.value)
     assert "row 2: " in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"messages": [Q], "chosen": "a", "rejected": "b"},
+        {"prompt": [Q], "chosen": [A], "rejected": [B]},
+        {"chosen": [Q, A], "rejected": [Q, B]},
+    ],
+)
+def test_the_chosen_side_alone_is_trained_on_as_it_is_told(row):
+    columns = split_dict(chosen_alone(row).removeprefix("--columns "))
+    renamed = with_columns([row], columns, "rows")
+    assert family_of(renamed) == "conversation"
+    assert [m["content"] for m in conversation(renamed[0], "row").messages] == ["q", "a"]
 
 
 def test_real_pairs(shared_data, chatml):

@@ -59,6 +59,14 @@ def is_preference(rows: Sequence[Mapping[str, Any]]) -> bool:
     return bool(rows) and set(SIDES) <= set(rows[0])
 
 
+def chosen_alone(row: Mapping[str, Any]) -> str:
+    """The option with which the chosen side of rows like this is read as conversations of their own."""
+    if "messages" in row:
+        return "--columns prompt=messages,completion=chosen"
+    whole = isinstance(row["chosen"], list) and row["chosen"] and isinstance(row["chosen"][0], Mapping)
+    return f"--columns {'messages' if whole and row['chosen'][0].get('role') != 'assistant' else 'completion'}=chosen"
+
+
 def encode_pairs(rows: Sequence[Mapping[str, Any]], template: Template, max_length: int, path: str) -> EncodedPairs:
     """All rows as pairs of examples; `path` names the file in messages. DataError lists all faults: rows that cannot
     be read, that the template cannot render, or whose answers are cut away by `max_length`."""

@@ -15,6 +15,7 @@ from veneer.data.chat import Conversation, Template, conversation
 from veneer.data.encode import encode, family_of
 from veneer.data.examples import Example
 from veneer.data.files import shortened
+from veneer.data.preference import chosen_alone
 from veneer.errors import ConfigError, DataError, ModelError, listed
 from veneer.evaluate import metrics as measures
 from veneer.evaluate.metrics import LIKELIHOOD, Score
@@ -180,7 +181,7 @@ def _check_family(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], whe
     if family == "preference":
         raise DataError(
             f"{where} holds preference pairs, `chosen` and `rejected`, which no metric reads. Next: name one side, "
-            "--columns completion=chosen."
+            f"{chosen_alone(rows[0])}."
         )
     if family == "text" and unfit:
         raise DataError(

@@ -13,6 +13,7 @@ from veneer.data.chat import Template
 from veneer.data.encode import encode, family_of
 from veneer.data.examples import EncodedRows, Example
 from veneer.data.mixture import epoch, shares
+from veneer.data.preference import chosen_alone
 from veneer.data.sources import Source, read_source
 from veneer.data.text import EncodedText
 from veneer.errors import DataError
@@ -48,22 +49,22 @@ def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     parts = [_encoded(source, template, data) for source in sources]
     hashes = [source.sha256() for source in sources]
     sha256 = hashes[0] if len(hashes) == 1 else hashes
-    notes = _told(sources, parts, template)
+    several = len(parts) > 1 or data.eval_dataset is not None
+    notes = _told(sources, parts, template, several)
     if data.eval_dataset is None:
         train, validation = _split(parts, data.validation_split, seed, notes)
         return TrainingData(_mixed(train, data, notes, seed), validation, tuple(notes), sha256)
     source = read_source(data.eval_dataset, data.columns)
     held = _encoded(source, template, data)
     train, _ = _split(parts, 0, seed, notes)
-    notes += [note for note in _told([source], [held], template) if note not in notes]
+    notes += [note for note in _told([source], [held], template, several) if note not in notes]
     notes += _seen_again(parts, held)
     return TrainingData(_mixed(train, data, notes, seed), held.examples, tuple(notes), sha256, source.sha256())
 
 
-def _told(sources: Sequence[Source], parts: Sequence[EncodedRows], template: Template) -> list[str]:
+def _told(sources: Sequence[Source], parts: Sequence[EncodedRows], template: Template, several: bool) -> list[str]:
     """The notes of each data set, after its name where there are several."""
     told = [(source.name, note) for source, part in zip(sources, parts, strict=True) for note in part.notes]
-    several = len(parts) > 1
     named = [f"{name}: {note}" if several and note not in template.notes else note for name, note in told]
     return list(dict.fromkeys(named))
 
@@ -72,7 +73,7 @@ def _encoded(source: Source, template: Template, data: DataSettings) -> EncodedR
     if family_of(source.rows) == "preference":
         raise DataError(
             f"{source.name} holds preference pairs, `chosen` and `rejected`: they need a preference loss, --loss dpo. "
-            "To train on the chosen answers alone: --columns completion=chosen."
+            f"To train on the chosen answers alone: {chosen_alone(source.rows[0])}."
         )
     return encode(source.rows, template, data.max_length, source.name)
 
