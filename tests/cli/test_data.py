@@ -12,14 +12,15 @@ import pytest
 
 @pytest.fixture
 def rows(tmp_path: Path, stub: Any) -> Path:
-    def encode_rows(rows: list[Any], template: Any, max_length: int, path: str) -> Any:
+    def encode(rows: list[Any], template: Any, max_length: int, path: str) -> Any:
         return SimpleNamespace(rows=len(rows), max_length=max_length, system=template.system)
 
     def template(tokenizer: str, system_prompt: str | None) -> Any:
         return SimpleNamespace(system=system_prompt)
 
     stub("veneer.model.load", load_tokenizer=lambda name: f"tokenizer of {name}")
-    stub("veneer.data.chat", Template=template, encode_rows=encode_rows)
+    stub("veneer.data.chat", Template=template)
+    stub("veneer.data.encode", encode=encode)
     stub(
         "veneer.data.preview",
         summary=lambda encoded: {"rows": encoded.rows, "max_length": encoded.max_length, "system": encoded.system},

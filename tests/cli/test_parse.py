@@ -45,6 +45,55 @@ def test_one_option_many_spellings(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "files"),
+    [
+        (["--dataset", "a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["--dataset", "a.jsonl,b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["--dataset", "a.jsonl", "--dataset=b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["--dataset", '["a,b.jsonl", "c.jsonl"]'], ["a,b.jsonl", "c.jsonl"]),
+        (["--dataset", "a.jsonl"], "a.jsonl"),  # as older runs wrote it down
+        (["--dataset", '["a,b.jsonl"]'], "a,b.jsonl"),
+    ],
+)
+def test_several_data_sets(words: list[str], files: list[str] | str) -> None:
+    found = parse([*GIVEN[:2], *GIVEN[4:], *words], COMMAND).settings.data
+    assert found.dataset == files and found.datasets == ([files] if isinstance(files, str) else files)
+
+
+def test_a_word_goes_on_with_a_list_and_with_nothing_else() -> None:
+    assert flat("--target-modules", "q_proj", "v_proj")["target_modules"] == ["q_proj", "v_proj"]
+    for words in (["--dataset", "d.jsonl", "--resume", "b.jsonl"], ["--max-steps", "3", "b.jsonl"]):
+        with pytest.raises(ConfigError, match=r"b\.jsonl stands alone"):
+            train(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [([], [None] * 3), (["--limit", "5"], [5] * 3), (["--max-samples", "5,none,7"], [5, None, 7])],
+)
+def test_a_limit_for_all_data_sets_or_for_each(words: list[str], limits: list[int | None]) -> None:
+    assert train("--dataset", "b.jsonl", "c.jsonl", *words).settings.data.limits == limits
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dataset-weights", "1,2,3"], "--dataset-weights has 3 for 2 data sets; wanted one for each"),
+        (["--dataset-weights", "1", "--limit", "1,2,3"], "--dataset-weights has 1 and --limit has 3 for 2 data sets"),
+        (["--dataset-weights", "1,0"], "--dataset-weights[1]: got 0, wanted a value greater than 0"),
+        (["--limit", "0"], "--limit[0]: got 0"),
+        (["--columns", "promt=Question"], "--columns"),
+        (["--prompt-column", "Question"], "--prompt-column: write --columns prompt=NAME"),
+        (["--dataset-text-field", "body"], "--dataset-text-field: write --columns text=NAME"),
+    ],
+)
+def test_faults_of_data_options(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train("--dataset", "b.jsonl", *words)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("words", "on"),
     [
         (["--use-rslora"], True),

@@ -256,3 +256,50 @@ def test_real_rows_with_the_real_tokenizer(shared_data, smollm2_tokenizer, name)
 def test_real_conversations_of_several_turns(smollm2_tokenizer):
     turns = [{"role": role, "content": f"{role} says 12 things, ünïcode 🙂"} for role in ("user", "assistant") * 3]
     check_example(conversation({"messages": turns}, "row"), smollm2_tokenizer)
+
+
+@given(conv=chats())
+def test_generation_marks_change_nothing_and_say_the_same(tokenizer_of, conv):
+    plain, marked = Template(tokenizer_of("chatml")), Template(tokenizer_of("marked"))
+    found = marked.encode(conv, 0, LONG)
+    assert found == plain.encode(conv, 0, LONG)
+    if conv.layout == "messages":
+        whole = marked.tokenizer.apply_chat_template(
+            list(conv.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert [bool(flag) for flag in whole["assistant_masks"][: len(found.targets)]] == list(found.targets)
+
+
+@given(conv=chats(), marks=st.lists(st.booleans(), min_size=3, max_size=3), by=st.sampled_from(["train", "weight"]))
+def test_marked_turns_are_seen_and_not_trained(chatml, conv, marks, by):
+    turns = [dict(message) for message in conv.messages]
+    for turn, learnt in zip([t for t in turns if t["role"] == "assistant"], marks, strict=False):
+        turn[by] = learnt if by == "train" else int(learnt)
+    learnt = [turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant" and turn[by]]
+    if not learnt:
+        with pytest.raises(DataError, match="trains no assistant's turn"):
+            conversation({"messages": turns}, "row")
+        return
+    example = Template(chatml).encode(conversation({"messages": turns}, "row"), 0, LONG)
+    whole = Template(chatml).encode(conversation({"messages": list(conv.messages)}, "row"), 0, LONG)
+    assert trained_runs(example, chatml) == learnt
+    assert example.input_ids == whole.input_ids[: len(example.input_ids)]
+
+
+REAL_TEMPLATES = ("qwen2_5", "qwen2_5_training", "qwen3_training", "qwen3_instruct_2507", "lfm2_2_5", "gemma4_v2")
+
+
+@pytest.mark.parametrize("name", REAL_TEMPLATES)
+def test_real_templates_with_tools_and_marks(tokenizer, name):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    if not (folder / f"{name}.jinja").exists():
+        pytest.skip(f"this version of trl has no {name}.jinja")
+    one = tokenizer("none")
+    one.chat_template = (folder / f"{name}.jinja").read_text()
+    call = {"name": "add", "arguments": {"a": 1}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    turns += [{"role": "tool", "name": "add", "content": "3"}, {"role": "assistant", "content": "three"}]
+    example = encode_rows([{"messages": turns, "tools": [{"name": "add"}]}], Template(one), LONG, "rows").examples[0]
+    first, second = trained_runs(example, one)
+    assert "add" in first and "three" not in first
+    assert "three" in second and "3" not in second

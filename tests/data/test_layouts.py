@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from veneer.data.chat import Template
+from veneer.data.encode import encode
 from veneer.data.files import read_rows
 from veneer.data.layouts import conversation, renamed
+from veneer.data.preview import runs
 from veneer.errors import DataError
 
 JSON_VALUES = st.recursive(
@@ -80,6 +83,45 @@ def test_references_are_the_rows_own():
     assert conversation({"prompt": "a", "completion": "b", "references": ["b", "c"]}, "row").references == ("b", "c")
 
 
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+PAIRED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {}}}
+# layout -> a row of it, what is trained on of it, and what is said of it
+LAYOUTS = {
+    "prompt-completion": ({"prompt": "q", "completion": "a"}, ["a"], ""),
+    "prompt-completion-messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, ["a"], ""),
+    "messages": ({"messages": TURNS + TURNS}, ["a", "a"], ""),
+    "messages-train-false": ({"messages": [TURNS[0], {**TURNS[1], "train": False}, *PAIRED]}, ["b"], "not trained on"),
+    "messages-weight-0": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *PAIRED]}, ["b"], "not trained on"),
+    "messages-tools": ({"messages": TURNS, "tools": [SCHEMA]}, ["a"], "handed to the chat template"),
+    "alpaca": ({"instruction": "q", "input": "i", "output": "a"}, ["a"], "stands before the prompt"),
+    "dolly": ({"instruction": "q", "context": "c", "response": "a"}, ["a"], "`response` is the completion"),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        ["a"],
+        "`conversations` are read as messages",
+    ),
+    "question-answer": ({"question": "q", "answer": "a"}, ["a"], "`question` is the prompt"),
+    "text": ({"text": "one two"}, None, "`text` is trained on as it stands"),
+    "preference": ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["a", "b"], "preference pairs"),
+    "preference-messages": ({"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": PAIRED[1:]}, ["a", "b"], "pairs"),
+    "preference-implicit": ({"chosen": TURNS, "rejected": PAIRED}, ["a", "b"], "preference pairs"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_found_by_themselves_and_said(tokenizer_of, layout):
+    row, trained, said = LAYOUTS[layout]
+    tokenizer = tokenizer_of("tools")
+    found = encode([row], Template(tokenizer), 1000, "rows.jsonl")
+    assert said in "; ".join(found.notes) and bool(said) == bool(found.notes)
+    runs_of = [[text for text, on in runs(example, tokenizer) if on] for example in found.examples]
+    if trained is None:
+        assert runs_of == [[tokenizer.decode(found.examples[0].input_ids[1:])]]
+    else:
+        assert [text for one in runs_of for text in one] == [f"{text}<|im_end|>" for text in trained]
+
+
 REPLY = {"role": "assistant", "content": "yes"}
 USER = {"role": "user", "content": "really?"}
 
@@ -106,9 +148,24 @@ USER = {"role": "user", "content": "really?"}
         ({"messages": ["hello"]}, r"`messages[0]` is text, wanted an object with `role` and `content`"),
         ({"messages": [USER]}, "`messages` has no assistant's turn"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "`messages[1]` is empty"),
+        ({"messages": [USER, {**REPLY, "train": "no"}]}, "`messages[1]` has `train` 'no', wanted true or false"),
+        ({"messages": [{**USER, "train": True}, REPLY]}, "true for an assistant's turn only"),
+        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "`messages[1]` has `weight` 0.5, wanted 0 (not trained on)"),
+        ({"messages": [USER, {**REPLY, "weight": 0}]}, "`messages` trains no assistant's turn"),
+        ({"prompt": "a", "completion": [{**REPLY, "train": False}]}, "`completion` trains no assistant's turn"),
+        ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}, REPLY]}, "`tool_calls`, which only an assistant makes"),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": ["f"]}]},
+            "`messages[1].tool_calls` is a list",
+        ),
+        (
+            {"messages": [USER, {"role": "tool_call", "content": "f()"}]},
+            "`messages[1].tool_calls` is text",
+        ),
         ({"messages": [USER, {"role": "assistent", "content": "a"}]}, "did you mean 'assistant'?"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]}, "`messages[0]` holds a list"),
-        ({"messages": [USER, REPLY], "tools": '[{"name": "f"}]'}, "`tools` is not handed to the chat template"),
+        ({"messages": [USER, REPLY], "tools": '[{"title": "f"}]'}, "`tools` is a list of other things, wanted a list"),
+        ({"messages": [USER, REPLY], "tools": "f"}, "`tools` is text, wanted a list of JSON schemas"),
     ],
 )
 def test_what_cannot_be_used_is_named(row, said):

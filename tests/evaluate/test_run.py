@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from veneer.config import EvalSettings
 from veneer.errors import ConfigError, DataError, ModelError
+from veneer.evaluate import verb
 from veneer.evaluate.run import Result, evaluate
 
 ROWS = [{"prompt": f"{n} + 1", "completion": str(n + 1)} for n in range(20)]
@@ -44,6 +46,23 @@ class Letters:
             return turns + ("[assistant]" if add_generation_prompt else "")
 
         return [text(messages) for messages in batch]
+
+
+class Callers(Letters):
+    """As `Letters`, with a template that spells tools and calls, and a decoder that skips the end token."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        text = super().decode(ids)
+        return text.replace("[end]", "") if skip_special_tokens else text
+
+    def apply_chat_template(self, batch, tools=(), add_generation_prompt=False, **_):
+        spelt = [[_spelt(message) for message in messages] for messages in batch]
+        texts = super().apply_chat_template(spelt, add_generation_prompt=add_generation_prompt)
+        return ["".join(f"[tool]{tool['function']['name']}" for tool in tools) + text for text in texts]
+
+
+def _spelt(message):
+    return {**message, "content": message["content"] + "".join(map(str, message.get("tool_calls", ())))}
 
 
 LOADED = SimpleNamespace(model="the model", tokenizer=Letters(), name="stub", storage="dense float32")
@@ -198,3 +217,48 @@ def test_a_loss_that_is_no_number_names_slot_and_rows():
 
     with pytest.raises(ModelError, match=r"'adapter' is not finite on 2 of 20 rows \(row 4, 9\)"):
         evaluate(LOADED, ROWS, generate=unused, sequence_nll=sequence_nll)
+
+
+def test_text_has_a_loss_and_no_answers():
+    rows = [{"text": "one two three"}, {"text": "four"}]
+    result = evaluate(
+        LOADED, rows, metrics=["loss"], max_length=5, generate=unused, sequence_nll=likelihood(base=2, default=1)
+    )
+    assert result.metrics["loss"]["base"].n == -(-(len("one two threefour") + 2 - 1) // 4)  # chunks share a token
+    assert any("2 documents" in note for note in result.notes)
+    with pytest.raises(DataError, match=r"exact_match cannot be measured\. Next: --metrics loss,perplexity"):
+        evaluate(LOADED, rows, metrics=["loss", "exact_match"], generate=unused, sequence_nll=unused)
+
+
+def test_without_metrics_asked_for_text_gets_those_it_can_have(tmp_path, monkeypatch):
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n')
+    asked = []
+    monkeypatch.setattr(verb, "load", lambda *_, **__: LOADED)
+    monkeypatch.setattr(verb, "evaluate", lambda *_, metrics, **__: asked.append(list(metrics)))
+    given = {"base_model": "m", "dataset": str(tmp_path / "text.jsonl")}
+    verb.evaluate_files(EvalSettings(**given))
+    verb.evaluate_files(EvalSettings(**given, metrics=["exact_match"]))
+    assert asked == [["loss", "perplexity"], ["exact_match"]]
+
+
+def test_preference_pairs_are_refused_by_name():
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(DataError, match="holds preference pairs"):
+        evaluate(LOADED, rows, generate=unused, sequence_nll=unused)
+
+
+def test_a_call_of_tools_is_right_as_the_template_spells_it():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    prompts = []
+
+    def generate(model, tokenizer, asked, slot, *_, **__):
+        prompts.extend(map(tokenizer.decode, asked))
+        return [str(call) if slot else "f()"]
+
+    loaded = SimpleNamespace(**{**vars(LOADED), "tokenizer": Callers()})
+    rows = [{"messages": turns, "tools": [{"name": "f"}]}]
+    result = evaluate(loaded, rows, metrics=["exact_match"], generate=generate, sequence_nll=unused)
+    assert prompts == ["[tool]f[user]q[end][assistant]"] * 2
+    assert result.samples[0].references == (str(call),)
+    assert result.samples[0].scores["exact_match"] == {"base": 0.0, "adapter": 1.0}

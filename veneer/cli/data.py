@@ -30,15 +30,16 @@ def run(argv: Sequence[str]) -> int:
 def _preview(argv: Sequence[str]) -> int:
     parsed = parse(argv, COMMAND)
     settings = parsed.settings
-    from veneer.data.chat import Template, encode_rows
-    from veneer.data.files import read_rows
+    from veneer.data.chat import Template
+    from veneer.data.encode import encode
     from veneer.data.preview import preview, summary
+    from veneer.data.sources import read_source
     from veneer.model.load import load_tokenizer
 
-    rows = read_rows(settings.dataset)
+    source = read_source(settings.dataset, settings.columns)
     tokenizer = load_tokenizer(settings.base_model)
     template = Template(tokenizer, settings.system_prompt)
-    encoded = encode_rows(rows, template, settings.max_length, settings.dataset)
+    encoded = encode(source.rows, template, settings.max_length, settings.dataset)
     if parsed.json:
         print_json(summary(encoded))
     else:

@@ -49,12 +49,12 @@ def decoding(settings: DecodingSettings) -> dict[str, Any]:
 
 def _conversations(settings: GenerateSettings) -> list[Conversation]:
     from veneer.data.chat import Conversation, conversation
-    from veneer.data.files import read_rows
+    from veneer.data.sources import read_source
 
     if settings.dataset is None:
         text = sys.stdin.read().rstrip("\n") if settings.prompt == "-" else settings.prompt
         return [Conversation(({"role": "user", "content": text},), (), "messages")]
-    rows = read_rows(settings.dataset)[: settings.limit]
+    rows = read_source(settings.dataset, settings.columns, settings.limit).rows
     return [conversation(row, f"{settings.dataset}, row {number}") for number, row in enumerate(rows, start=1)]
 
 

@@ -75,6 +75,7 @@ class _Line:
         self.switches: dict[str, bool] = {}
         self.files: list[str] = []
         self.faults: list[str] = []
+        self.open: str | None = None  # the list that a word without an option of its own goes on with
 
     def take(self, words: deque[str]) -> None:
         while words:
@@ -89,6 +90,7 @@ class _Line:
                 self._positional([word])
 
     def _option(self, word: str, words: deque[str]) -> None:
+        self.open = None
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         positive = name.removeprefix("no_")
@@ -118,6 +120,7 @@ class _Line:
 
     def _set(self, name: str, value: str) -> None:
         option = self.known.get(name)
+        self.open = name if option and option.kind == "list" else None
         if option is None:
             self.faults.append(self._unknown(name))
         elif option.name not in self.options:
@@ -133,6 +136,8 @@ class _Line:
                 self.files.append(word)
             elif self.command.positional:
                 self._set(self.command.positional, word)
+            elif self.open:
+                self._set(self.open, word)
             else:
                 self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml")
 

@@ -28,6 +28,8 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "target_modules": ("lora_target_modules", "lora_target", "lora_targets"),
     "exclude_modules": ("lora_exclude_modules",),
     "dataset": ("data", "data_path", "train_file", "train_data", "train_dataset"),
+    "dataset_weights": ("interleave_probs", "mixture_weights", "dataset_shares"),
+    "columns": ("column_mapping", "field_mapping"),
     "eval_dataset": ("eval_file", "validation_file", "validation_dataset", "eval_data"),
     "validation_split": ("val_set_size", "val_size", "test_size", "eval_split"),
     "max_length": ("sequence_len", "cutoff_len", "max_seq_length", "max_seq_len"),
@@ -84,7 +86,19 @@ ADVICE: dict[str, str] = {
     "completion_only_loss": "the loss is on completions and assistant turns only; leave it out",
     "assistant_only_loss": "the loss is on completions and assistant turns only; leave it out",
     "train_on_inputs": "the loss is on completions and assistant turns only; leave it out",
-    "datasets": "one file is read: `dataset` FILE.jsonl",
+    "datasets": "write `dataset` A.jsonl B.jsonl, and perhaps `dataset_weights`",
+    "dataset_name": "write `dataset` hub:ORG/NAME:SPLIT",
+    "dataset_config": "write it into `dataset`: hub:ORG/NAME:CONFIG:SPLIT",
+    "dataset_train_split": "write it into `dataset`: hub:ORG/NAME:SPLIT",
+    **{
+        f"{name}_{end}": f"write `columns` {name}=NAME"
+        for name in ("prompt", "completion", "messages", "text", "chosen", "rejected", "tools")
+        for end in ("column", "field")
+    },
+    "dataset_text_field": "write `columns` text=NAME",
+    "field_messages": "write `columns` messages=NAME",
+    "field_instruction": "write `columns` prompt=NAME",
+    "field_output": "write `columns` completion=NAME",
     "report_to": "the run is written to metrics.jsonl and report.html in `output_dir`; leave it out",
     "resume_from_checkpoint": "give --resume on the command line; `output_dir` says from where",
     "push_to_hub": "nothing is uploaded; `output_dir` is a folder that PEFT loads",

@@ -11,7 +11,10 @@ from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import (
     Alphas,
+    Columns,
+    Counts,
     File,
+    Files,
     Folder,
     ModelName,
     Names,
@@ -21,6 +24,7 @@ from veneer.config.values import (
     Recompute,
     RowsOrFraction,
     Seed,
+    Shares,
     StepsOrUnlimited,
     Targets,
     Text,
@@ -61,13 +65,28 @@ class LoraSettings(Settings):
         return self
 
 
-class DataSettings(Settings):
+class ColumnSettings(Settings):
+    """How the columns of a data set are called."""
+
+    group: ClassVar[str] = "Data"
+
+    columns: Columns = Field(default={}, description="what your columns are called: prompt=Question,completion=Answer")
+
+
+class DataSettings(ColumnSettings):
     """What is trained on, and what is kept back to check it."""
 
     group: ClassVar[str] = "Data"
 
-    dataset: File = Field(
-        description="training rows: .jsonl, .json, .csv, .tsv or .parquet, with prompt and completion, or messages"
+    dataset: Files = Field(
+        description="training rows: .jsonl, .json, .csv, .tsv, .parquet, .txt, or hub:ORG/NAME:SPLIT; with prompt and "
+        "completion, messages, or text; several are trained on together"
+    )
+    dataset_weights: Shares = Field(
+        default=[], description="of several data sets: what share of the rows each is; default: all rows, once"
+    )
+    limit: Counts = Field(
+        default=[], description="only the first N rows of each data set; or a number for each, or none"
     )
     eval_dataset: File | None = Field(default=None, description="validation rows in a file of their own")
     validation_split: RowsOrFraction = Field(
@@ -79,6 +98,28 @@ class DataSettings(Settings):
     template: Literal["chat"] = Field(
         default="chat", description="how a row becomes text: the model's own chat template"
     )
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets to train on."""
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset
+
+    @property
+    def limits(self) -> list[int | None]:
+        """For each data set, how many of its rows are read at most."""
+        return self.limit * len(self.datasets) if len(self.limit) == 1 else self.limit or [None] * len(self.datasets)
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> DataSettings:
+        count, faults = len(self.datasets), []
+        if self.dataset_weights and len(self.dataset_weights) != count:
+            faults.append(f"`dataset_weights` has {len(self.dataset_weights)}")
+        if len(self.limit) not in (0, 1, count):
+            faults.append(f"`limit` has {len(self.limit)}")
+        if faults:
+            reason = {"faults": " and ".join(faults), "count": count}
+            raise PydanticCustomError("count", "{faults} for {count} data sets; wanted one for each", reason)
+        return self
 
     @property
     def has_validation(self) -> bool:

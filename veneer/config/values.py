@@ -92,8 +92,30 @@ _OPTIMS = {
 _OPTIMS |= {"adamw_bnb_8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit"}
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
+
+def _one_or_list(value: Any) -> Any:
+    """One stays as it is: settings of a run on one file are those that older runs wrote down."""
+    found = split_list(value)
+    if isinstance(found, list) and not found:
+        raise PydanticCustomError("none", "Input should be at least one file")
+    return found[0] if isinstance(found, list) and len(found) == 1 else found
+
+
+def _counts(value: Any) -> Any:
+    found = split_list(value) if not isinstance(value, int) else [value]
+    return [None if one in ("none", "all") else one for one in found] if isinstance(found, list) else found
+
+
 Text = Annotated[str, Metavar("TEXT")]
 File = Annotated[str, Field(min_length=1), Metavar("FILE")]
+Files = Annotated[File | list[File], BeforeValidator(_one_or_list), Metavar("FILE ...")]
+Columns = Annotated[
+    dict[Literal["prompt", "completion", "messages", "text", "chosen", "rejected", "tools", "references"], str],
+    BeforeValidator(split_dict),
+    Metavar("NAME=COLUMN,..."),
+]
+Counts = Annotated[list[Annotated[int, Field(ge=1)] | None], BeforeValidator(_counts), Metavar("N,...")]
+Shares = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(split_list), Metavar("X,...")]
 Folder = Annotated[str, Field(min_length=1), Metavar("FOLDER")]
 ModelName = Annotated[str, Field(min_length=1), Metavar("MODEL")]
 Names = Annotated[list[str], BeforeValidator(split_list), Metavar("A,B,...")]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from veneer.config.run import ColumnSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
@@ -72,7 +73,7 @@ class DecodingSettings(Settings):
     seed: Seed = Field(default=0, description="of the sampling")
 
 
-class EvalSettings(BaseSettings):
+class EvalSettings(BaseSettings, ColumnSettings):
     """Base and adapters on one data file."""
 
     group: ClassVar[str] = "Evaluation"
@@ -94,7 +95,7 @@ class EvalSettings(BaseSettings):
         return self
 
 
-class GenerateSettings(DecodingSettings, BaseSettings):
+class GenerateSettings(DecodingSettings, BaseSettings, ColumnSettings):
     """Text from the base or an adapter."""
 
     group: ClassVar[str] = "Input"
@@ -137,7 +138,7 @@ class ChatSettings(DecodingSettings, BaseSettings):
         return self
 
 
-class PreviewSettings(Settings):
+class PreviewSettings(ColumnSettings):
     """What the model will see of a data file."""
 
     group: ClassVar[str] = "Preview"

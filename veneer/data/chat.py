@@ -9,37 +9,22 @@ template that only ever appends; a template or a row for which that fails on the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from veneer.data.examples import EncodedRows, Example
 from veneer.data.files import shortened
-from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation, read_conversation, renamed
+from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation, read_conversation, renamed, untrained
+from veneer.data.tools import Tools
 from veneer.errors import DataError, listed
 
 __all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows"]
 
 
-@dataclass(frozen=True)
-class Example:
-    """Token ids of one row; `targets[i]` says that token i is trained on (predicted from the tokens before it)."""
-
-    input_ids: tuple[int, ...]
-    targets: tuple[bool, ...]
-    row: int
-    dropped: int  # tokens cut off by max_length
-
-
-@dataclass(frozen=True)
-class EncodedRows:
-    """Examples in row order, what was lost on the way, and notes that the user must be shown."""
-
-    examples: tuple[Example, ...]
-    dropped_tokens: int
-    rows_without_targets: tuple[int, ...]
-    notes: tuple[str, ...]
+Spoken = tuple[list[Message], Tools]  # what a template is given
 
 
 class Turn(NamedTuple):
@@ -59,8 +44,9 @@ def encode_rows(
     and the message is a note; only where no row is left is it an error.
     """
     faults: dict[int, str] = {}
-    examples = template.encode_all(_conversations(rows, faults), max_length, faults)
-    notes = [*template.notes, *_notes(rows, examples, template, max_length)]
+    conversations = _conversations(rows, faults)
+    examples = template.encode_all(conversations, max_length, faults)
+    notes = [*template.notes, *_notes(rows, examples, template, max_length), *_marks(conversations.values())]
     if faults:
         lines = shortened([f"row {index + 1}: {faults[index]}" for index in sorted(faults)])
         notes.append(listed(f"{path}: {len(faults):,} of {len(rows):,} rows cannot be trained on:", lines, WANTED_ROW))
@@ -121,11 +107,36 @@ class Template:
     def prompt_ids(self, conv: Conversation) -> list[int]:
         """What generation starts from: all before the final assistant's turn (or all, if a user speaks last), then
         the template's opening of a reply. An exact prefix of the example's ids; DataError where it cannot be."""
-        messages = list(conv.messages)
-        text = self._render([messages[:-1] if messages[-1]["role"] == "assistant" else messages], opened=True)[0]
+        text = self._prompt(conv)
+        return list(self._tokenise([text])[text])
+
+    def reply(self, conv: Conversation) -> str:
+        """The final assistant's turn as a generator that skips special tokens would print it, its calls of tools
+        spelt as the template spells them."""
+        opened, closed = self._prompt(conv), self._render([_spoken(conv, len(conv.messages))], opened=False)[0]
+        if isinstance(closed, Exception) or not closed.startswith(opened):
+            raise DataError(self._refuses(closed) if isinstance(closed, Exception) else self._rewrites())
+        ids = self._tokenise([opened, closed])
+        return str(self.tokenizer.decode(ids[closed][len(ids[opened]) :], skip_special_tokens=True)).strip()
+
+    def document_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole texts, each with the end token after it (and the start token, where the tokenizer itself
+        puts one). Raises DataError for a tokenizer without an end token."""
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise DataError(f"{self.name} has no end token to stand between texts; set the tokenizer's eos_token")
+        start = [self.tokenizer.bos_token_id] if starts(self.tokenizer) else []
+        found = self._tokenise(texts)
+        return [[*start, *found[text], end] for text in texts]
+
+    def _prompt(self, conv: Conversation) -> str:
+        last = len(conv.messages) - (conv.messages[-1]["role"] == "assistant")
+        text = self._render([_spoken(conv, last)], opened=True)[0]
         if isinstance(text, Exception):
             raise DataError(self._refuses(text))
-        return list(self._tokenise([text])[text])
+        if unseen := self._unseen(conv):
+            raise DataError(unseen)
+        return text
 
     def closes(self, example: Example) -> bool:
         """Whether the example ends with a special token, from which the model learns to stop."""
@@ -134,30 +145,56 @@ class Template:
     def _rendered_turns(
         self, conversations: Mapping[int, Conversation], faults: dict[int, str]
     ) -> dict[int, list[Turn]]:
-        jobs = [(row, list(conv.messages), i) for row, conv in conversations.items() for i in conv.trained_turns()]
-        opened = self._render([messages[:i] for _, messages, i in jobs], opened=True)
-        closed = self._render([messages[: i + 1] for _, messages, i in jobs], opened=False)
+        jobs = [(row, conv, turn) for row, conv in conversations.items() for turn in conv.trained_turns()]
+        opened = self._render([_spoken(conv, turn) for _, conv, turn in jobs], opened=True)
+        closed = self._render([_spoken(conv, turn + 1) for _, conv, turn in jobs], opened=False)
         turns: dict[int, list[Turn]] = {}
-        for (row, _, _), start, end in zip(jobs, opened, closed, strict=True):
-            if isinstance(start, str) and isinstance(end, str):
-                turns.setdefault(row, []).append(Turn(start, end))
-            else:
+        for (row, conv, _), start, end in zip(jobs, opened, closed, strict=True):
+            if not isinstance(start, str) or not isinstance(end, str):
                 faults[row] = self._refuses(start if isinstance(start, Exception) else end)
+            elif row in turns:
+                turns[row].append(Turn(start, end))
+            elif unseen := self._unseen(conv):
+                faults[row] = unseen
+            else:
+                turns[row] = [Turn(start, end)]
         return {row: found for row, found in turns.items() if row not in faults}
 
-    def _render(self, batch: list[list[Message]], opened: bool) -> list[str | Exception]:
+    def _unseen(self, conv: Conversation) -> str:
+        """What of tools, calls and results leaves no trace in the text, so that nothing would be learnt of it; empty
+        where all does. Found by rendering without it."""
+        messages = list(conv.messages)
+        changed: dict[str, Spoken] = {}
+        if conv.tools:
+            changed["`tools`"] = (messages, ())
+        if any("tool_calls" in message for message in messages):
+            plain = [{name: part for name, part in message.items() if name != "tool_calls"} for message in messages]
+            changed["`tool_calls`"] = (plain, conv.tools)
+        if any(message["role"] == "tool" for message in messages):
+            other = [{**m, "content": m["content"] + "."} if m["role"] == "tool" else m for m in messages]
+            changed["messages of the role `tool`"] = (other, conv.tools)
+        whole = self._render([(messages, conv.tools)], opened=False)[0] if changed else ""
+        unseen = [what for what, spoken in changed.items() if self._render([spoken], opened=False)[0] == whole]
+        return f"the chat template of {self.name} leaves out {' and '.join(unseen)}; {NO_TOOLS}" if unseen else ""
+
+    def _render(self, batch: Sequence[Spoken], opened: bool) -> list[str | Exception]:
         """Each conversation as text (`opened`: with the opening of a reply), or the error that the template raised."""
-        if not batch:
-            return []
+        rendered: list[str | Exception] = []
+        for tools, group in groupby(batch, key=lambda spoken: spoken[1]):
+            rendered += self._render_with(tools, [self._with_system(messages) for messages, _ in group], opened)
+        return rendered
+
+    def _render_with(self, tools: Tools, batch: list[list[Message]], opened: bool) -> Iterator[str | Exception]:
+        given: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
-            filled = [self._with_system(messages) for messages in batch]
-            return list(
-                self.tokenizer.apply_chat_template(
-                    filled, chat_template=self._layout, tokenize=False, add_generation_prompt=opened
-                )
+            yield from self.tokenizer.apply_chat_template(
+                batch, chat_template=self._layout, tokenize=False, add_generation_prompt=opened, **given
             )
         except (TemplateError, ValueError, TypeError) as error:
-            return [error] if len(batch) == 1 else [self._render([messages], opened)[0] for messages in batch]
+            if len(batch) == 1:
+                yield error
+            for messages in batch if len(batch) > 1 else ():
+                yield from self._render_with(tools, [messages], opened)
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self.system_prompt is None or (messages and messages[0]["role"] in ("system", "developer")):
@@ -193,12 +230,15 @@ class Template:
         for opened, closed in turns:
             start, end = ids[opened], ids[closed][: self._end(ids[closed])]
             if not (text.startswith(opened) and text.startswith(closed)) or len(start) >= len(end):
-                return f"the chat template of {self.name} {REWRITES}"
+                return self._rewrites()
             if whole[: len(start)] != start or whole[: len(end)] != end:
                 joint = len(opened) if whole[: len(start)] != start else len(closed)
                 beside = f"{text[joint - 8 : joint]!r} and {text[joint : joint + 8]!r}"
                 return f"the chat template of {self.name} puts {beside} side by side, {MERGES}"
         return ""
+
+    def _rewrites(self) -> str:
+        return f"the chat template of {self.name} {REWRITES}"
 
     def _refuses(self, error: object) -> str:
         return f"the chat template of {self.name} refuses it: {error}"
@@ -207,6 +247,9 @@ class Template:
 REWRITES = (
     "writes a turn differently, or not at all, once others follow, so that it cannot be trained on as it would be "
     "generated; make one row of each assistant's turn, as prompt and completion"
+)
+NO_TOOLS = (
+    "nothing would be learnt of them: take a base whose template knows tools, or write them into the messages' text"
 )
 MERGES = "which the tokenizer joins to a token that generation could never produce; strip the white space of the text"
 
@@ -245,6 +288,25 @@ def _plain_layout(tokenizer: Any, name: str) -> str:
             f"{name} has neither a chat template nor an end token, so that the model could not learn where to stop. "
             "Wanted: the model's instruct version, or a tokenizer with eos_token set."
         )
-    starts = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     turn = "{{ m['content'] + (eos_token if m['role'] == 'assistant' else '\\n') }}"
-    return ("{{ bos_token }}" if starts else "") + "{% for m in messages %}" + turn + "{% endfor %}"
+    return ("{{ bos_token }}" if starts(tokenizer) else "") + "{% for m in messages %}" + turn + "{% endfor %}"
+
+
+def _marks(conversations: Iterable[Conversation]) -> list[str]:
+    """What rows say of themselves beside their messages."""
+    found = list(conversations)
+    notes = []
+    if tools := sum(bool(conv.tools) for conv in found):
+        notes.append(f"`tools` are handed to the chat template in {tools:,} rows")
+    if marked := sum(untrained(m) and m["role"] == "assistant" for conv in found for m in conv.messages):
+        notes.append(f"{marked:,} assistant's turns are not trained on: `train` is false, or `weight` 0")
+    return notes
+
+
+def starts(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts a start token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _spoken(conv: Conversation, end: int) -> Spoken:
+    return list(conv.messages[:end]), conv.tools

@@ -26,7 +26,7 @@ class Content(NamedTuple):
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a data file, in file order: JSON Lines, JSON, CSV, TSV or Parquet, told by the file's suffix.
+    """All rows of a data file, in file order: JSON Lines, JSON, CSV, TSV, Parquet or text, told by the file's suffix.
 
     Raises DataError where the file is missing, a folder, of another kind, empty, or has rows that cannot be read; all
     such rows are counted and the first few named.
@@ -42,10 +42,10 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def shortened(faults: list[str]) -> list[str]:
+def shortened(faults: list[str], shown: int = SHOWN) -> list[str]:
     """The first faults and the count of the others."""
-    rest = len(faults) - SHOWN
-    return faults[:SHOWN] + ([f"and {rest:,} more"] if rest > 0 else [])
+    rest = len(faults) - shown
+    return faults[:shown] + ([f"and {rest:,} more"] if rest > 0 else [])
 
 
 def kind_of(value: Any) -> str:
@@ -53,6 +53,20 @@ def kind_of(value: Any) -> str:
     names = {"NoneType": "null", "bool": "a truth value", "int": "a number", "float": "a number"}
     names |= {"str": "text", "list": "a list" if value else "an empty list", "dict": "an object"}
     return names.get(type(value).__name__, type(value).__name__)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the fields that are null in objects inside it: Arrow gives every object of a column the
+    fields of all of them. Columns of a row stay."""
+    if isinstance(value, list):
+        return [_pruned(row) if not isinstance(row, dict) else {k: _pruned(v) for k, v in row.items()} for row in value]
+    return value
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _pruned(part) for name, part in value.items() if part is not None}
+    return [_pruned(part) for part in value] if isinstance(value, list) else value
 
 
 def _checked(file: Path) -> Path:
@@ -119,11 +133,9 @@ def json_array(content: bytes) -> Content:
 def table(content: bytes, delimiter: str | None = None) -> Content:
     """A line of column names, then rows of text; the delimiter is the one of `,;|` and tab that the first line has
     most of. Cells that hold JSON, in columns that may, are parsed."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return Content([], [f"line {line}: not UTF-8: byte 0x{content[error.start]:02x}; save the file as UTF-8"])
+    text, fault = _decoded(content)
+    if fault:
+        return Content([], [fault])
     first = text.partition("\n")[0]
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter or max(_DELIMITERS, key=first.count), strict=True
@@ -158,9 +170,15 @@ def parquet(content: bytes) -> Content:
     except ImportError as error:
         raise DataError("a Parquet file needs pyarrow; next: pip install pyarrow") from error
     try:
-        return Content(pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist(), [])
+        return Content(without_nulls(pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()), [])
     except (pyarrow.ArrowException, OSError) as error:
         return Content([], [f"broken: {str(error).splitlines()[0]}"])
+
+
+def plain_text(content: bytes) -> Content:
+    """One row, with the whole file as its `text`."""
+    text, fault = _decoded(content)
+    return Content([{"text": text}] if text.strip() else [], [fault] if fault else [])
 
 
 class Kind(NamedTuple):
@@ -180,7 +198,17 @@ KINDS: dict[str, Kind] = {
     ".csv": Kind(table, "line", "Wanted: UTF-8, column names in the first line, a row in each of the others."),
     ".tsv": Kind(tab_separated, "line", "Wanted: UTF-8, column names in the first line, cells apart by tabs."),
     ".parquet": Kind(parquet, "file", "Wanted: an Apache Parquet file with a row for each example."),
+    ".txt": Kind(plain_text, "file", "Wanted: UTF-8 text, one document, to train on as it stands."),
 }
+
+
+def _decoded(content: bytes) -> tuple[str, str]:
+    """The text and an empty string, or nothing and what is wrong."""
+    try:
+        return content.decode("utf-8"), ""
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return "", f"line {line}: not UTF-8: byte 0x{content[error.start]:02x}; save the file as UTF-8"
 
 
 def _cells(reader: Any) -> Iterator[tuple[int, list[str], str]]:

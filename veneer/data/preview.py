@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from veneer.data.chat import EncodedRows, Example
+from veneer.data.examples import EncodedRows, Example
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,10 @@ def preview(encoded: EncodedRows, tokenizer: Any, n: int) -> RenderableType:
     from rich.text import Text
 
     legend = Text.assemble(("trained on", TRAINED), f" {OPEN}so{CLOSE}, ", ("only seen", CONTEXT), ", ↵ line break")
-    shown = [part for example in encoded.examples[:n] for part in (_heading(example), _marked(example, tokenizer), "")]
+    first = enumerate(encoded.examples[:n])
+    shown = [
+        part for i, example in first for part in (_heading(encoded.label(i), example), _marked(example, tokenizer), "")
+    ]
     notes = [Text(f"note: {note}", style="yellow") for note in encoded.notes]
     return Group(legend, "", *shown, _table(summary(encoded)), *notes)
 
@@ -74,12 +77,12 @@ def _visible(text: str) -> str:
     return text.translate(pictures | dict.fromkeys(range(128, 160), "�"))
 
 
-def _heading(example: Example) -> Text:
+def _heading(label: str, example: Example) -> Text:
     from rich.text import Text
 
     cut = f", {example.dropped:,} cut off" if example.dropped else ""
     counts = f"{len(example.input_ids):,} tokens, {sum(example.targets):,} trained on{cut}"
-    return Text(f"row {example.row + 1}: {counts}", style="bold")
+    return Text(f"{label}: {counts}", style="bold")
 
 
 def _table(counts: dict[str, Any]) -> RenderableType:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from veneer.data.chat import Conversation, Example, Template, conversation, encode_rows
+from veneer.data.chat import Conversation, Template, conversation
+from veneer.data.encode import encode, family_of
+from veneer.data.examples import Example
 from veneer.data.files import shortened
+from veneer.data.preference import chosen_alone
 from veneer.errors import ConfigError, DataError, ModelError, listed
 from veneer.evaluate import metrics as measures
 from veneer.evaluate.metrics import LIKELIHOOD, Score
@@ -127,14 +130,15 @@ def evaluate(
     finite), all but the last before any work is done.
     """
     _check(slots, metrics, where, rows)
-    conversations = _conversations(rows, where)
+    _check_family(rows, metrics, where)
     template = Template(loaded.tokenizer, system_prompt)
     text_metrics = [name for name in metrics if name not in LIKELIHOOD]
-    prompts = [template.prompt_ids(conv) for conv in conversations] if text_metrics else []
+    conversations = _conversations(rows, template, where) if text_metrics else []
+    prompts = [template.prompt_ids(conv) for conv in conversations]
     notes = (*template.notes, *_instruction_note(rows))
     nll: dict[str, Sequence[tuple[float, int]]] = {}
     if len(text_metrics) < len(metrics):
-        encoded = encode_rows(rows, template, max_length, where)
+        encoded = encode(rows, template, max_length, where)
         notes = encoded.notes
         nll = _likelihoods(loaded, encoded.examples, slots, sequence_nll, progress)
     texts: dict[str, list[str]] = {}
@@ -171,11 +175,28 @@ def _check(
         raise DataError(f"{where} has no rows: nothing to evaluate on. Give a file with at least one row.")
 
 
-def _conversations(rows: Sequence[Mapping[str, Any]], where: str) -> list[Conversation]:
+def _check_family(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], where: str) -> None:
+    """Raises DataError for metrics that such rows cannot have."""
+    family, unfit = family_of(rows), [name for name in metrics if name not in LIKELIHOOD]
+    if family == "preference":
+        raise DataError(
+            f"{where} holds preference pairs, `chosen` and `rejected`, which no metric reads. Next: name one side, "
+            f"{chosen_alone(rows[0])}."
+        )
+    if family == "text" and unfit:
+        raise DataError(
+            f"{where} is text without answers, so that {', '.join(unfit)} cannot be measured. Next: --metrics loss,"
+            "perplexity."
+        )
+
+
+def _conversations(rows: Sequence[Mapping[str, Any]], template: Template, where: str) -> list[Conversation]:
+    """Every row as a conversation, with what counts as right: of a call of tools, how the template spells it."""
     found, faults = [], []
     for number, row in enumerate(rows, start=1):
         try:
-            found.append(conversation(row, f"row {number}"))
+            conv = conversation(row, f"row {number}")
+            found.append(conv if conv.references else replace(conv, references=(template.reply(conv),)))
         except DataError as error:
             faults.append(" ".join(str(error).split()))
     if faults:

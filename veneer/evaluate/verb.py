@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from veneer.adapter.attach import attach, storage_note
 from veneer.adapter.card import Adapter
 from veneer.config import EvalSettings
-from veneer.data.files import read_rows
+from veneer.data.encode import family_of
+from veneer.data.sources import read_source
 from veneer.errors import ConfigError
-from veneer.evaluate.metrics import check_names
+from veneer.evaluate.metrics import LIKELIHOOD, check_names
 from veneer.evaluate.run import Result, evaluate
 from veneer.model.load import load
 
@@ -26,7 +28,8 @@ def evaluate_files(settings: EvalSettings) -> Result:
     if settings.base_model is None:
         raise ConfigError("which base model? give --base-model")
     check_names(settings.metrics)
-    rows = read_rows(settings.dataset)[: settings.limit]
+    rows = read_source(settings.dataset, settings.columns, settings.limit).rows
+    metrics = _fitting(settings, rows)
     adapters = {label: Adapter.load(folder) for label, folder in _labels(settings.adapter).items()}
     prompt = system_prompt(adapters)
     loaded = load(settings.base_model, settings.dtype, storage=settings.storage)
@@ -39,7 +42,7 @@ def evaluate_files(settings: EvalSettings) -> Result:
         loaded,
         rows,
         slots={"base": None, **{label: label for label in adapters}},
-        metrics=settings.metrics,
+        metrics=metrics,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         seed=settings.seed,
@@ -50,6 +53,14 @@ def evaluate_files(settings: EvalSettings) -> Result:
     if settings.output is not None:
         Path(settings.output).write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=1) + "\n")
     return result
+
+
+def _fitting(settings: EvalSettings, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics asked for; where none were, those of the usual ones that the rows allow."""
+    if "metrics" in settings.model_fields_set or family_of(rows) != "text":
+        return settings.metrics
+    print(f"note: {settings.dataset} is text without answers: {' and '.join(LIKELIHOOD)} alone", file=sys.stderr)
+    return list(LIKELIHOOD)
 
 
 def system_prompt(adapters: Mapping[str, Adapter]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +28,7 @@ from veneer.train.loop import loop
 from veneer.train.optim import check_optimizer
 from veneer.train.ranks import Ranks, joined
 from veneer.train.record import Recorder, machine, peak_memory_bytes
-from veneer.train.rows import read_data
+from veneer.train.rows import TrainingData, read_data
 from veneer.train.schedule import Rate, choose_rate
 from veneer.train.shard import check_shardable, gathered, shard
 
@@ -116,7 +115,7 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
     job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
-    identity = _identity(config, loaded, rate)
+    identity = _identity(config, loaded, rate, data)
     notes += [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
     notes += [
         *_slow_storage(loaded.model, loaded),
@@ -192,12 +191,11 @@ def _check_recompute(model: PreTrainedModel, wanted: bool | str) -> None:
         raise ConfigError(f"--gradient-checkpointing: this base has dropout of its own ({', '.join(dropouts[:3])})")
 
 
-def _identity(config: RunConfig, loaded: Loaded, rate: Rate) -> dict[str, Any]:
+def _identity(config: RunConfig, loaded: Loaded, rate: Rate, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
     options = {name: value for name, value in config.to_flat().items() if name not in (*FREE, *PASSES)}
-    files = [config.data.dataset, config.data.eval_dataset]
-    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None for file in files]
-    facts = {"rate": rate.value, "data_sha256": hashes[0], "eval_data_sha256": hashes[1], "storage": loaded.storage}
+    hashes = {"data_sha256": data.sha256, "eval_data_sha256": data.eval_sha256}
+    facts = {"rate": rate.value, **hashes, "storage": loaded.storage}
     rows = math.prod(getattr(config.train, name) for name in PASSES)
     return {
         **options,
