@@ -24,6 +24,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 from veneer.adapter.attach import attach, detach, methods_of
 from veneer.config import LoraSettings
@@ -89,6 +90,9 @@ FAMILIES = {
     "smollm3": config_of("smollm3"),
     "phi3, q, k and v in one": config_of("phi3"),
     "gpt_neox": config_of("gpt_neox"),
+    "gpt2, layers stored transposed, learned positions": AutoConfig.for_model(
+        "gpt2", vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
+    ),
     "starcoder2": config_of("starcoder2", sliding_window=8),
     "gpt_oss, sinks": config_of("gpt_oss", head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "mixtral, experts": config_of("mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -100,6 +104,7 @@ ATTENTION_ALONE = {"one": ["q_proj", "v_proj"], "two": TARGETS["two"]}
 # The same where layers have other names.
 OTHER_TARGETS = {
     "phi3": {"one": ["qkv_proj", "down_proj"], "two": ["qkv_proj", "o_proj"]},
+    "gpt2": {"one": ["c_attn", "mlp.c_proj"], "two": ["c_attn", "attn.c_proj", "c_fc"]},
     "gpt_neox": {"one": ["query_key_value", "dense_4h_to_h"], "two": ["query_key_value", "dense"]},
     "starcoder2": {"one": ["q_proj", "v_proj", "c_fc"], "two": TARGETS["two"]},
     "gpt_oss": ATTENTION_ALONE,  # experts are no linear layers
@@ -146,8 +151,10 @@ def logits_alone(
     weights = {}
     for slot, weight in slots.items():
         for path, (a_RI, b_OR) in factors[slot].items():
-            held = weights.get(f"{path}.weight", model.get_submodule(path).weight)
-            weights[f"{path}.weight"] = held + (weight * SCALES[slot] * b_OR @ a_RI).to(held.dtype)
+            layer = model.get_submodule(path)
+            held, update_OI = weights.get(f"{path}.weight", layer.weight), weight * SCALES[slot] * b_OR @ a_RI
+            update = update_OI.t() if isinstance(layer, Conv1D) else update_OI
+            weights[f"{path}.weight"] = held + update.to(held.dtype)
     inputs = {"input_ids": torch.tensor([ids]), "use_cache": False}
     return torch.func.functional_call(model, weights, kwargs=inputs).logits[0]
 
@@ -225,7 +232,7 @@ def test_logits_and_gradients_equal_each_sequence_alone(lengths, data, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
+def test_families_packed_equal_each_sequence_alone(family):
     """Length 1, several buckets (40 against 12 and 5), neighbours of one slot, the base between them."""
     speakers = [{"one": 1.0}, {"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}]
     assert_equal(*both(family, sentences([12, 40, 5, 1, 11]), speakers), TIGHT)

@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.verify import check_base
+from veneer.bases.transposed import Transposed
 from veneer.config import SWITCHES, LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, NotMergeable, listed, nearest
 from veneer.methods.base import Method
@@ -25,7 +27,7 @@ from veneer.model import fingerprint as fingerprints
 from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
-from veneer.model.swap import check_adaptable, leaf_at, linear_paths, unswap
+from veneer.model.swap import check_adaptable, leaf_at, linear_paths, unswap, weight_of
 
 
 def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "default", *, seed: int = 0) -> nn.Module:
@@ -196,7 +198,7 @@ def _start_weight(layer: nn.Module) -> torch.Tensor:
     """What a start is given: the weight; of a quantised layer its shape alone, for starts look at no values."""
     if isinstance(layer, Leaf) and layer.base.storage != "dense":
         return torch.empty(layer.out_features, layer.in_features, device="meta")
-    return layer.weight
+    return weight_of(layer)
 
 
 def _module_seed(seed: int, path: str) -> int:
@@ -238,10 +240,12 @@ def _storage(model: nn.Module, methods: dict[str, Method]) -> str:
 def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage: str, training: dict) -> Card:
     ranks = {path: method.rank for path, method in methods.items()}
     scales = {path: method.scale for path, method in methods.items()}
-    dropout = next((method.dropout for method in methods.values()), 0.0)
+    settings: dict[str, Any] = {"lora_dropout": next((method.dropout for method in methods.values()), 0.0)}
+    if any(isinstance(model.get_submodule(path).base, Transposed) for path in methods):
+        settings["fan_in_fan_out"] = True  # PEFT's name for it
     return Card(
         method="lora",
-        settings={"lora_dropout": dropout},
+        settings=settings,
         scales=scales,
         ranks=ranks,
         base=fingerprints.of(model),

@@ -56,13 +56,15 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     return PeftFolder(factors, scales, settings, config.get("base_model_name_or_path"))
 
 
-def write_peft(factors: Mapping[str, tuple[Tensor, Tensor]], base_name: str | None) -> dict[str, bytes]:
+def write_peft(
+    factors: Mapping[str, tuple[Tensor, Tensor]], base_name: str | None, transposed: bool = False
+) -> dict[str, bytes]:
     """The files of a PEFT folder, name -> bytes: equal factors give equal bytes, whatever their order."""
     tensors = {}
     for module, (a_RI, b_OR) in sorted(factors.items()):
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a_RI
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b_OR
-    config = peft_config.written({module: len(a_RI) for module, (a_RI, _) in factors.items()}, base_name)
+    config = peft_config.written({module: len(a_RI) for module, (a_RI, _) in factors.items()}, base_name, transposed)
     return {
         WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

@@ -43,11 +43,19 @@ _HARMLESS = frozenset(
     "ensure_weight_tying runtime_config".split()
 )
 _READ = frozenset(["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"])
-RECORDED = (*sorted(_READ - {"bias"}), "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform")
+RECORDED = (
+    *sorted(_READ - {"bias"}),
+    "lora_dropout",
+    "fan_in_fan_out",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+)
 
 
-def written(ranks: Mapping[str, int], base_name: str | None) -> dict[str, Any]:
-    """adapter_config.json for modules of these ranks, with alpha = r everywhere.
+def written(ranks: Mapping[str, int], base_name: str | None, transposed: bool = False) -> dict[str, Any]:
+    """adapter_config.json for modules of these ranks, with alpha = r everywhere. transposed: the base's layers are
+    `Conv1D`; their factors are as all others, but PEFT warns where it is not told.
 
     Targets are whole paths: an end such as `q_proj` would also adapt the layers that a rank plan left out.
     """
@@ -69,7 +77,7 @@ def written(ranks: Mapping[str, int], base_name: str | None) -> dict[str, Any]:
         "use_dora": False,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": sorted(ranks),

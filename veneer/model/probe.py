@@ -26,7 +26,18 @@ HALF = (torch.bfloat16, torch.float16)
 
 def probe(model: nn.Module) -> None:
     """Raises ModelError naming the family when packed segments differ from each alone, or the chunked head from the
-    model's own logits."""
+    model's own logits. A model in training mode is probed without the dropout of its own, and is in it afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        _probe(model)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe(model: nn.Module) -> None:
     family = getattr(model.config, "model_type", type(model).__name__)
     device = next(model.parameters()).device
     rotary = getattr(model.config, "rope_parameters", None) or {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from veneer.bases import BASES
 from veneer.bases.base import Base
@@ -71,14 +72,25 @@ def read_quantised(source: Source, way: Way, progress: bool) -> PreTrainedModel:
     if source.gguf_file:  # one too large to be unpacked: transformers knows its formats, and reads it whole
         with quiet():
             model = read_model(source, way.dtype)
+        _check_layers(source, model, way)
         _encode(model, way, progress)
     else:
         model, told, files = _skeleton(source, way)
+        _check_layers(source, model, way)
         shards = Shards(files)
         apart = _fill(source, model, shards, way, progress, told)
         check_complete(source, told, apart)
     saves_as(model, way.storage, way.dtype)
     return model.eval()
+
+
+def _check_layers(source: Source, model: nn.Module, way: Way) -> None:
+    """Raises ModelError for a model that would stay dense without a word."""
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ModelError(
+            f"{source.name} ({type(model).__name__}) holds its layers transposed (Conv1D), which veneer keeps dense "
+            f"alone, and {way.storage} was asked for. Next: leave the storage option out"
+        )
 
 
 def _skeleton(source: Source, way: Way) -> tuple[PreTrainedModel, dict[str, Any], list[Path]]:

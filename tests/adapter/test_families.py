@@ -1,0 +1,157 @@
+"""Adapters on families whose layers are not plain linear ones, or are not all of the model: ours against PEFT's."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from veneer.adapter.attach import attach, detach, find_targets, merge_into, methods_of, take
+from veneer.adapter.card import Adapter
+from veneer.config import LoraSettings
+from veneer.model.losses import cross_entropy, targets_of
+from veneer.model.packed import running
+from veneer.model.stream import pack
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,  # see tests/model/test_packed.py
+}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
+# family -> (settings of its config, target_modules; the first of them is the one that PEFT is given alone)
+FAMILIES = {
+    "gpt2": (GPT2, ["c_attn", "mlp.c_proj"]),
+}
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def config_of(family: str):
+    return AutoConfig.for_model(family, **FAMILIES[family][0])
+
+
+def made(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of(family)).float().eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def adapted(family: str) -> nn.Module:
+    """With a slot that is far from zero."""
+    model = attach(made(family), LoraSettings(r=3, lora_alpha=5, target_modules=FAMILIES[family][1]))
+    generator = torch.Generator().manual_seed(1)
+    for method in methods_of(model, "default").values():
+        method.b_OR.data = torch.randn(method.b_OR.shape, generator=generator) * 0.2
+    return model
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def by_peft(model: nn.Module, folder) -> nn.Module:
+    """PEFT's model of the folder; whatever it warns of is an error."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT calls transformers by an old name
+        return peft.PeftModel.from_pretrained(model, folder)
+
+
+# Two layers in float32: see TIGHT in tests/model/test_packed.py.
+TIGHT = 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_saved_are_computed_by_peft(family, tmp_path):
+    model = adapted(family)
+    take(model).save(tmp_path)
+    wanted = logits(model)
+    assert off(logits(made(family)), wanted) > 0.01
+    assert off(logits(by_peft(made(family), tmp_path)), wanted) < TIGHT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_saved_by_peft_are_computed_by_us(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    targets = FAMILIES[family][1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(made(family), peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.2)
+        theirs.save_pretrained(tmp_path)
+    adapter = Adapter.load(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "base unverified")
+        ours = attach(made(family), adapter)
+    assert off(logits(ours), logits(theirs.eval())) < TIGHT
+    take(ours).save(tmp_path / "again")
+    assert off(logits(by_peft(made(family), tmp_path / "again")), logits(theirs)) < TIGHT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_keep_the_names_and_layout_of_their_weights(family, tmp_path):
+    model = made(family)
+    model.save_pretrained(tmp_path / "before")
+    before, held = load_file(tmp_path / "before" / "model.safetensors"), {p.data_ptr() for p in model.parameters()}
+    attach(model, LoraSettings(r=3, target_modules=FAMILIES[family][1]))
+    assert held <= {p.data_ptr() for p in model.parameters()}  # nothing was copied
+    model.save_pretrained(tmp_path / "after")
+    after = load_file(tmp_path / "after" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    model.load_state_dict({name: 2 * value for name, value in made(family).state_dict().items()})
+    twice = made(family)
+    twice.load_state_dict({name: 2 * value for name, value in twice.state_dict().items()})
+    assert torch.equal(logits(model), logits(twice))  # B = 0
+    detach(model)
+    assert {name: type(m) for name, m in model.named_modules()} == {n: type(m) for n, m in twice.named_modules()}
+    assert torch.equal(logits(model), logits(twice))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_merged_equal_base_and_adapter(family, tmp_path):
+    model = adapted(family)
+    wanted = logits(model)
+    merge_into(model).save_pretrained(tmp_path)
+    assert off(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), wanted) < TIGHT
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_learn(family):
+    """A few steps of plain gradient descent lower the loss of two packed segments."""
+    model = attach(made(family), LoraSettings(r=4, target_modules=FAMILIES[family][1]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=1e-2)
+    stream, losses = pack(IDS.tolist(), ["default"] * 2), []
+    for _ in range(4):
+        with running(model, stream):
+            sums_N, counts_N = cross_entropy(model, stream, targets_of(stream, [[True] * 12] * 2))
+            (sums_N.sum() / counts_N.sum()).backward()
+        losses.append(sums_N.sum().item())
+        optimiser.step()
+        optimiser.zero_grad()
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_families_all_linear_of_gpt2_is_all_but_the_head():
+    found = find_targets(made("gpt2"), LoraSettings())
+    assert len(found) == 8 and not any("head" in path for path in found)
