@@ -93,6 +93,24 @@ FAMILIES = {
     "gpt2, layers stored transposed, learned positions": AutoConfig.for_model(
         "gpt2", vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
     ),
+    # Their layers do not hand on to attention what they are given.
+    "stablelm": config_of("stablelm"),
+    "nemotron": config_of("nemotron"),
+    "deepseek_v3, latent attention, experts": AutoConfig.for_model(
+        "deepseek_v3",
+        **{**SIZES, "num_key_value_heads": 4},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
     "starcoder2": config_of("starcoder2", sliding_window=8),
     "gpt_oss, sinks": config_of("gpt_oss", head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "mixtral, experts": config_of("mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -107,6 +125,8 @@ OTHER_TARGETS = {
     "gpt2": {"one": ["c_attn", "mlp.c_proj"], "two": ["c_attn", "attn.c_proj", "c_fc"]},
     "gpt_neox": {"one": ["query_key_value", "dense_4h_to_h"], "two": ["query_key_value", "dense"]},
     "starcoder2": {"one": ["q_proj", "v_proj", "c_fc"], "two": TARGETS["two"]},
+    "nemotron": {"one": ["q_proj", "v_proj", "down_proj"], "two": TARGETS["two"]},
+    "deepseek_v3": {"one": ["q_b_proj", "kv_b_proj", "down_proj"], "two": ["kv_b_proj", "o_proj"]},
     "gpt_oss": ATTENTION_ALONE,  # experts are no linear layers
     "mixtral": ATTENTION_ALONE,
     "qwen3_moe": ATTENTION_ALONE,
@@ -452,7 +472,22 @@ def test_a_name_that_is_not_attached_is_refused():
 STATE_SPACE = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
 REFUSED = {
     "state space": (STATE_SPACE, "mamba.*second of three packed sequences"),
-    "position bias": (AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=61), "bloom"),
+    "position bias": (
+        AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=61),
+        "bloom.*2 of its 2 layers do not compute attention through",
+    ),
+    "attention of its own": (
+        AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=61, n_positions=64),
+        "gptj.*2 of its 2 layers do not compute attention through",
+    ),
+    "convolution in one layer": (
+        config_of("lfm2", layer_types=["conv", "full_attention"]),
+        "lfm2.*1 of its 2 layers do not compute attention through",
+    ),
+    "attention in chunks": (
+        config_of("llama4_text", head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=64),
+        r"llama4_text.*its attention layers do not tell of a mask of its own \(size 64\)",
+    ),
     # Which rotary frequencies are used depends on the longest position of the call, so on the neighbours.
     "dynamic rotary embedding": (
         LlamaConfig(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -85,7 +85,14 @@ def wiring_of(model: nn.Module) -> Wiring:
     """The model's wiring, made at the first question."""
     if not hasattr(model, "veneer_wiring"):
         model.veneer_wiring = Wiring()
+        for module in _attentive(model):  # decoder layers of some families do not hand on a stream given as an argument
+            module.veneer_wiring = model.veneer_wiring
     return model.veneer_wiring
+
+
+def _attentive(model: nn.Module) -> list[nn.Module]:
+    """The modules that read from a config how to compute attention."""
+    return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
 
 
 @contextmanager
@@ -113,9 +120,7 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
 @contextmanager
 def attending_by(model: nn.Module, attention: str) -> Iterator[None]:
     """While inside, the model computes attention by the implementation that transformers knows under this name."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
+    configs = {id(module.config): module.config for module in _attentive(model)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -139,13 +144,19 @@ def hidden_states(model: nn.Module) -> Tensor:
     stream = wiring_of(model).stream
     if stream is None:
         raise RuntimeError("hidden_states: no stream is running; call it inside `with running(model, stream):`")
-    out = model.base_model(
+    out = body_of(model)(
         input_ids=stream.token_ids_T[None],
         position_ids=stream.positions_T[None],
         use_cache=False,
         veneer_stream=stream,
     )
     return out.last_hidden_state[0]
+
+
+def body_of(model: Any) -> nn.Module:
+    """What gives the hidden states that the vocabulary head reads."""
+    body = model.base_model
+    return getattr(model, "model", model) if body is model else body  # Llama 4 text: its prefix is that of the whole
 
 
 @contextmanager
