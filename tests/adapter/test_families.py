@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.families import config_of, gemma3, gpt2, llava, model_of, qwen2_vl
 from veneer.adapter.attach import attach, detach, find_targets, merge_into, methods_of, take
 from veneer.adapter.card import Adapter
 from veneer.config import LoraSettings
@@ -17,34 +18,25 @@ from veneer.model.losses import cross_entropy, targets_of
 from veneer.model.packed import running
 from veneer.model.stream import pack
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,  # see tests/model/test_packed.py
-}
-GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
-# family -> (settings of its config, target_modules; the first of them is the one that PEFT is given alone)
+# family -> (its config, target_modules)
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = {
-    "gpt2": (GPT2, ["c_attn", "mlp.c_proj"]),
+    "gpt2": (gpt2, ["c_attn", "mlp.c_proj"]),
+    "mixtral": (partial(config_of, "mixtral", num_local_experts=4, num_experts_per_tok=2), ["q_proj", "o_proj"]),
+    "qwen2_moe": (
+        partial(config_of, "qwen2_moe", shared_expert_intermediate_size=16, **EXPERTS),
+        ["q_proj", "shared_expert.up_proj", "shared_expert_gate"],
+    ),
+    "gemma3": (gemma3, ["q_proj", "down_proj"]),
+    "llava": (llava, ["q_proj", "down_proj"]),
+    "qwen2_vl": (qwen2_vl, ["q_proj", "down_proj"]),
 }
 IDS = torch.arange(3, 27).reshape(2, 12)
 
 
-def config_of(family: str):
-    return AutoConfig.for_model(family, **FAMILIES[family][0])
-
-
 def made(family: str) -> nn.Module:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config_of(family)).float().eval()
+    return model_of(FAMILIES[family][0]())
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -132,7 +124,7 @@ def test_families_merged_equal_base_and_adapter(family, tmp_path):
     model = adapted(family)
     wanted = logits(model)
     merge_into(model).save_pretrained(tmp_path)
-    assert off(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), wanted) < TIGHT
+    assert off(logits(type(model).from_pretrained(tmp_path)), wanted) < TIGHT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -155,3 +147,23 @@ def test_families_learn(family):
 def test_families_all_linear_of_gpt2_is_all_but_the_head():
     found = find_targets(made("gpt2"), LoraSettings())
     assert len(found) == 8 and not any("head" in path for path in found)
+
+
+@pytest.mark.parametrize(
+    "family, told",
+    [
+        ("mixtral", r"all-linear: experts.down_proj, experts.gate_up_proj \(4 in a layer, \d\d% of this model's"),
+        ("qwen2_moe", r"all-linear: experts.down_proj, experts.gate_up_proj \(4 in a layer"),
+        ("gemma3", r"all-linear: of vision_tower nothing is adapted \(\d layers\)"),
+        ("llava", r"all-linear: of multi_modal_projector, vision_tower nothing is adapted"),
+        ("qwen2_vl", r"all-linear: of visual nothing is adapted"),
+    ],
+)
+def test_families_all_linear_says_what_it_leaves_out(family, told):
+    with pytest.warns(UserWarning, match=told):
+        model = attach(made(family), LoraSettings())
+    found = list(methods_of(model, "default"))
+    assert found and all(("language_model" in path) == (family in ("gemma3", "llava", "qwen2_vl")) for path in found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(model, LoraSettings(target_modules=["q_proj"]), "named")

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tests.families import SIZES, config_of, gemma3, gpt2, llava, model_of, qwen2_vl
 from veneer.adapter.attach import attach, detach, methods_of
 from veneer.config import LoraSettings
 from veneer.errors import ModelError, VeneerError
@@ -37,27 +38,6 @@ from veneer.model.packed import hidden_states, running, speaking, wiring_of
 from veneer.model.probe import probe
 from veneer.model.scores import Scores
 from veneer.model.stream import Span, Stream, pack
-
-# initializer_range 0.3 instead of 0.02: with the usual one the attention of so small a model is uniform, and a wrong
-# scale or a lost rotation would go unseen.
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
-
-
-def config_of(family: str, **more):
-    return AutoConfig.for_model(family, **SIZES, **more)
-
 
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
@@ -90,15 +70,13 @@ FAMILIES = {
     "smollm3": config_of("smollm3"),
     "phi3, q, k and v in one": config_of("phi3"),
     "gpt_neox": config_of("gpt_neox"),
-    "gpt2, layers stored transposed, learned positions": AutoConfig.for_model(
-        "gpt2", vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
-    ),
+    "gpt2, layers stored transposed, learned positions": gpt2(),
     # Their layers do not hand on to attention what they are given.
     "stablelm": config_of("stablelm"),
     "nemotron": config_of("nemotron"),
-    "deepseek_v3, latent attention, experts": AutoConfig.for_model(
+    "deepseek_v3, latent attention, experts": config_of(
         "deepseek_v3",
-        **{**SIZES, "num_key_value_heads": 4},
+        num_key_value_heads=4,
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_group=1,
@@ -111,6 +89,9 @@ FAMILIES = {
         v_head_dim=8,
         first_k_dense_replace=1,
     ),
+    "gemma3, which sees": gemma3(),
+    "llava, which sees": llava(),
+    "qwen2_vl, which sees": qwen2_vl(),
     "starcoder2": config_of("starcoder2", sliding_window=8),
     "gpt_oss, sinks": config_of("gpt_oss", head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "mixtral, experts": config_of("mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -139,7 +120,7 @@ def plain(family: str) -> nn.Module:
     """A random model of the family as transformers makes it; biases and norms are random too, not 0 and 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+        model = model_of(FAMILIES[family])
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 nn.init.normal_(parameter, 1.0, 0.3)

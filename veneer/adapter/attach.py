@@ -24,10 +24,12 @@ from veneer.methods.base import Method
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
+from veneer.model.experts import experts_note
 from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
 from veneer.model.swap import check_adaptable, leaf_at, linear_paths, unswap, weight_of
+from veneer.model.text import text_modules
 
 
 def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "default", *, seed: int = 0) -> nn.Module:
@@ -177,12 +179,28 @@ def _near(word: str, kinds: Sequence[str]) -> str:
 
 def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[str, Method]:
     targets = find_targets(model, settings)
+    if settings.target_modules == "all-linear":
+        for note in _left_out(model):
+            warnings.warn(note, UserWarning, stacklevel=3)
     for option, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         if patterns:
             _named(targets, list(patterns), option)
     ranks = patterns_of_peft.resolve(settings.rank_pattern, targets, settings.r)
     alphas = patterns_of_peft.resolve(settings.alpha_pattern, targets, settings.lora_alpha)
     return {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
+
+
+def _left_out(model: nn.Module) -> list[str]:
+    """What 'all-linear' does not mean, though one could think so."""
+    notes = []
+    if experts := experts_note(model):
+        notes.append(f"all-linear: {experts} and stay as they are; adapted is what all tokens pass")
+    inside = text_modules(model)
+    others = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and m not in inside]
+    if others:
+        parts = sorted({path.removeprefix("model.").partition(".")[0] for path in others})
+        notes.append(f"all-linear: of {', '.join(parts)} nothing is adapted ({len(others)} layers); trained is on text")
+    return notes
 
 
 def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> LoRA:

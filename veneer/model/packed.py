@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION
 from veneer.model.siblings import Waiting
 from veneer.model.stream import Span, Stream
+from veneer.model.text import body_of
 from veneer.model.unread import Unread
 from veneer.model.varlen import varlen_of
 
@@ -151,12 +152,6 @@ def hidden_states(model: nn.Module) -> Tensor:
         veneer_stream=stream,
     )
     return out.last_hidden_state[0]
-
-
-def body_of(model: Any) -> nn.Module:
-    """What gives the hidden states that the vocabulary head reads."""
-    body = model.base_model
-    return getattr(model, "model", model) if body is model else body  # Llama 4 text: its prefix is that of the whole
 
 
 @contextmanager

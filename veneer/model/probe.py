@@ -12,8 +12,9 @@ from veneer.errors import ModelError
 from veneer.model.attention import Witness, witnessed
 from veneer.model.head import head_of
 from veneer.model.losses import head_nll
-from veneer.model.packed import attending_by, body_of, hidden_states, running, wiring_of
+from veneer.model.packed import attending_by, hidden_states, running, wiring_of
 from veneer.model.stream import SHARED, pack
+from veneer.model.text import body_of, text_config
 
 # Relative to the largest logit: rounding over tens of layers; a wrong mask or position is off by 10 % and more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -40,14 +41,14 @@ def probe(model: nn.Module) -> None:
 def _probe(model: nn.Module) -> None:
     family = getattr(model.config, "model_type", type(model).__name__)
     device = next(model.parameters()).device
-    rotary = getattr(model.config, "rope_parameters", None) or {}
+    rotary = getattr(text_config(model), "rope_parameters", None) or {}
     kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}
     if stretched := sorted(kinds & LENGTH_DEPENDENT):
         wiring_of(
             model
         ).fault = f"rotary positions of the kind {stretched[0]!r} depend on the length of what is beside them"
         raise ModelError(f"models of the family {family!r} are not supported: {wiring_of(model).fault}")
-    sequences = _sequences(model.config.vocab_size)
+    sequences = _sequences(text_config(model).vocab_size)
     try:
         packed, nll = _packed(model, sequences, device)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, LookupError) as error:
@@ -124,7 +125,7 @@ def _mask_faults(witness: Witness) -> list[str]:
 
 def _elsewhere(model: nn.Module, witness: Witness) -> list[str]:
     """Why segments see each other, where that is told by what packed attention was not asked for."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    layers = getattr(text_config(model), "num_hidden_layers", 0)
     if witness.calls >= layers:
         return []
     return [

@@ -14,6 +14,7 @@ from veneer.model.leaf import Leaf
 from veneer.model.norm import FrozenRMSNorm
 from veneer.model.packed import wiring_of
 from veneer.model.siblings import family
+from veneer.model.text import text_modules
 
 # Class names whose arithmetic FrozenRMSNorm repeats (to rounding); others keep the model's own code.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -28,10 +29,14 @@ def swap_norms(model: nn.Module) -> int:
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the layers that can hold an adapter: every linear layer and leaf but the vocabulary head."""
+    """Paths of the layers that can hold an adapter: every linear layer and leaf but the vocabulary head.
+
+    Of a model that sees or hears as well, those of its language model: nothing but text is trained on.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kinds = (nn.Linear, Conv1D, Leaf)
-    return [path for path, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    kinds, inside = (nn.Linear, Conv1D, Leaf), text_modules(model)
+    named = model.named_modules()
+    return [path for path, module in named if isinstance(module, kinds) and module in inside and module is not head]
 
 
 def check_adaptable(model: nn.Module, path: str) -> None:
