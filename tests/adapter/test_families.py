@@ -14,8 +14,9 @@ from tests.families import config_of, gemma3, gpt2, llava, model_of, qwen2_vl
 from veneer.adapter.attach import attach, detach, find_targets, merge_into, methods_of, take
 from veneer.adapter.card import Adapter
 from veneer.config import LoraSettings
+from veneer.errors import ConfigError, ModelError
 from veneer.model.losses import cross_entropy, targets_of
-from veneer.model.packed import running
+from veneer.model.packed import hidden_states, running
 from veneer.model.stream import pack
 
 # family -> (its config, target_modules)
@@ -167,3 +168,30 @@ def test_families_all_linear_says_what_it_leaves_out(family, told):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(model, LoraSettings(target_modules=["q_proj"]), "named")
+
+
+@pytest.mark.parametrize(
+    "family, target, why",
+    [
+        ("gpt2", "wte", "transformer.wte is an embedding, which stays frozen"),
+        ("gpt2", "lm_head", "lm_head is the vocabulary head"),
+        ("mixtral", "down_proj", r"experts.down_proj is the experts of a layer in one tensor"),
+        ("mixtral", "experts.gate_up_proj", r"gate_up_proj is the experts of a layer in one tensor"),
+        ("llava", "multi_modal_projector.linear_1", "linear_1 is not of the language model"),
+    ],
+)
+def test_families_targets_that_are_no_linear_layers_are_refused_by_name(family, target, why):
+    with pytest.raises(ConfigError, match=f"'{target}' matches no linear layer: .*{why}"):
+        attach(made(family), LoraSettings(target_modules=[target]))
+
+
+@pytest.mark.parametrize("longest", [64, 65])
+def test_families_with_learned_positions_have_no_more_than_these(longest):
+    model = attach(made("gpt2"), LoraSettings(r=2, target_modules=["c_attn"]))
+    stream = pack([[3] * 5, [4] * longest, [5] * 60], ["default"] * 3)
+    if longest == 64:
+        with running(model, stream):
+            assert hidden_states(model).isfinite().all()
+        return
+    with pytest.raises(ModelError, match=r"65 tokens.*positions for 64.*--max-length 64"), running(model, stream):
+        pass

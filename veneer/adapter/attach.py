@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from veneer.methods.base import Method
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
-from veneer.model.experts import experts_note
+from veneer.model.experts import expert_parameters, experts_note
 from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
@@ -141,12 +141,28 @@ def _need_dense(model: nn.Module, name: str) -> None:
         )
 
 
+def _unadapted(model: nn.Module) -> dict[str, str]:
+    """Path -> why no adapter goes on what stands there, for what users name that is no linear layer to us."""
+    reasons = dict.fromkeys(expert_parameters(model), "the experts of a layer in one tensor, which stays frozen")
+    inside = text_modules(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in model.named_modules():
+        if module is head:
+            reasons[path] = "the vocabulary head, which the loss in chunks reads as it is"
+        elif isinstance(module, nn.Embedding):
+            reasons[path] = "an embedding, which stays frozen"
+        elif module not in inside and isinstance(module, nn.Linear):
+            reasons[path] = "not of the language model, and trained is on text"
+    return reasons
+
+
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Paths of the linear layers that the settings name. Raises ConfigError with every target that matches nothing."""
     paths = linear_paths(model)
-    chosen = (
-        paths if settings.target_modules == "all-linear" else _named(paths, settings.target_modules, "target_modules")
-    )
+    if settings.target_modules == "all-linear":
+        chosen = paths
+    else:
+        chosen = _named(paths, settings.target_modules, "target_modules", _unadapted(model))
     if settings.exclude_modules:
         excluded = set(_named(paths, settings.exclude_modules, "exclude_modules"))
         chosen = [path for path in chosen if path not in excluded]
@@ -155,8 +171,13 @@ def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     return chosen
 
 
-def _named(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:
-    """The paths that any pattern names, in the model's order. Raises ConfigError with every pattern that names none."""
+def _named(
+    paths: Sequence[str], patterns: Sequence[str], option: str, unadapted: Mapping[str, str] | None = None
+) -> list[str]:
+    """The paths that any pattern names, in the model's order. Raises ConfigError with every pattern that names none.
+
+    unadapted: path -> why it is none of `paths`.
+    """
     try:
         hits = {pattern: patterns_of_peft.matched(pattern, paths) for pattern in patterns}
     except patterns_of_peft.TooCostly as error:
@@ -164,12 +185,17 @@ def _named(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[s
     missed = [pattern for pattern, found in hits.items() if not found]
     if missed:
         kinds = sorted({path.rpartition(".")[2] for path in paths})
-        faults = [f"{p!r} matches no linear layer{_near(p, kinds)}" for p in missed]
+        faults = [f"{p!r} matches no linear layer{_why(p, unadapted or {}) or _near(p, kinds)}" for p in missed]
         raise ConfigError(
             listed(f"{option}:", faults, f"This model has: {', '.join(kinds)} (or a whole path such as {paths[0]}).")
         )
     wanted = {path for found in hits.values() for path in found}
     return [path for path in paths if path in wanted]
+
+
+def _why(pattern: str, unadapted: Mapping[str, str]) -> str:
+    found = patterns_of_peft.matched(pattern, list(unadapted))
+    return f": {found[0]} is {unadapted[found[0]]}" if found else ""
 
 
 def _near(word: str, kinds: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ _REFUSED = {
     "lora_bias": "a bias is learned beside B A",
     "modules_to_save": "whole copies of base modules are part of the adapter",
     "trainable_token_indices": "rows of the embedding are part of the adapter",
-    "target_parameters": "parameters are adapted that are not linear layers",
+    "target_parameters": "parameters are adapted that are no linear layers, such as experts",
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "aLoRA acts only after certain tokens",
     "use_qalora": "QALoRA pools the input",

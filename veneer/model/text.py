@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 NAMES = ("language_model", "text_model", "decoder")
 
 
@@ -23,6 +24,16 @@ def body_of(model: Any) -> nn.Module:
     if not is_multimodal(model):
         return body
     return next((getattr(body, name) for name in NAMES if isinstance(getattr(body, name, None), nn.Module)), body)
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model knows that has an embedding of them, as GPT-2 and OPT; None: any number."""
+    tables = [
+        module
+        for path, module in body_of(model).named_modules()
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS
+    ]
+    return text_config(model).max_position_embeddings if tables else None
 
 
 def text_modules(model: nn.Module) -> set[nn.Module]:
