@@ -569,10 +569,15 @@ def test_what_cannot_be_merged_is_refused_before_anything_changes(pico):
     assert wiring_of(model).slots == ["default"]
 
 
-def test_a_conv1d_model_says_what_it_lacks():
-    """GPT-2's layers are no nn.Linear: one clear message, not an adapter on nothing."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_a_linear_layer_of_a_kind_of_its_own_is_refused(pico):
+    """A subclass may compute something else: one clear message, not an adapter on a plain product."""
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises((ConfigError, ModelError)):
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    model = pico()
+    model.model.layers[1].mlp.up_proj = Odd(32, 64, bias=False)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj is a Odd"):
         attach(model, LoraSettings(r=2))
+    assert not any(isinstance(module, Leaf) for module in model.modules())

@@ -100,7 +100,19 @@ def test_another_base_changes_the_identity(part):
     assert changed(adapter, base=other).identity != adapter.identity
 
 
-@pytest.mark.parametrize("card", [{"method": "dora"}, {"settings": {"r": 4, "group_size": 2}}, {"base": None}])
+def test_the_method_and_its_vectors_change_the_identity():
+    adapter = made({"m": 2})
+    seen = {adapter.identity}
+    for method, kind in (("dora", "m"), ("biased", "c"), ("rebiased", "o")):
+        vector = torch.ones(len(adapter.tensors["m.b"]))
+        card = dataclasses.replace(adapter.card, method=method)
+        seen |= {Adapter({**adapter.tensors, f"m.{kind}": v}, card).identity for v in (vector, 2 * vector)}
+    assert len(seen) == 7
+    with pytest.raises(AdapterError, match="card.method: got 'grandiose', wanted one of lora, dora"):
+        changed(adapter, method="grandiose")
+
+
+@pytest.mark.parametrize("card", [{"settings": {"r": 4, "group_size": 2}}, {"base": None}])
 def test_what_changes_the_forward_changes_the_identity(card):
     adapter = made({"m": 2})
     assert changed(adapter, **card).identity != adapter.identity
@@ -177,7 +189,7 @@ def test_every_fault_of_a_value_is_in_one_message():
     with pytest.raises(AdapterError) as caught:
         Adapter(tensors, Card("lora", {}, {"nan": 0.0, "ghost": 1.0}, {"nan": 2}))
     text = str(caught.value)
-    about_tensors = ["NaN", "of two: alone", "chain (a [1, 2], b [2, 3])", "not floating point: whole.a", "'odd'"]
+    about_tensors = ["NaN", "not all of a, b: alone", "chain (a [1, 2], b [2, 3])", "not floating point: whole.a", "'odd'"]
     about_card = ["nan (card 2, tensors 1)", "lacks: alone", "without tensors: ghost", "nan (0.0)"]
     for words in about_tensors + about_card:
         assert words in text, words

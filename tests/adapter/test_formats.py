@@ -233,9 +233,15 @@ A, B = (f"base_model.model.{LAYER_0}.lora_{side}.weight" for side in "AB")
         (lambda t: t.update({"x.lora_A.weight": torch.ones(4, 4)}), ["not understood", "'x.lora_A.weight'"]),
         (lambda t: t.update({A.replace(".lora_A", ".lora_A.default"): t.pop(A)}), ["not understood", "lora_A.default"]),
         (lambda t: t.update({"base_model.model.a\n2.lora_A.weight": torch.ones(4, 4)}), ["not understood", r"a\n2"]),
-        (lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}), ["factors without lora_magnitude_vector", "use_dora"]),
+        (
+            lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
+            ["factors without lora_magnitude_vector", "use_dora"],
+        ),
         (lambda t: t.update({"base_model.model.e.lora_embedding_A": torch.ones(4, 9)}), ["(an adapted embedding)"]),
-        (lambda t: t.update({B.replace("weight", "bias"): torch.ones(32)}), ["factors without lora_B.bias", "lora_bias"]),
+        (
+            lambda t: t.update({B.replace("weight", "bias"): torch.ones(32)}),
+            ["factors without lora_B.bias", "lora_bias"],
+        ),
         (lambda t: t.clear(), ["no tensors"]),
     ],
 )

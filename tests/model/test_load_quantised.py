@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -38,6 +40,15 @@ from veneer.model.stream import pack
 ON_CPU = [storage for storage in BASES if storage not in ("dense", "fp8")]
 IDS = torch.arange(3, 23)[None]
 LAYERS = 14  # linear layers of SIZES' two
+
+
+def test_layers_that_are_stored_transposed_are_refused_and_not_left_dense(tmp_path):
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, bos_token_id=94, eos_token_id=95)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel.*Conv1D.*nf4 was asked for.*leave the storage option out"):
+        load(str(tmp_path), storage="nf4", progress=False)
+    assert load(str(tmp_path), progress=False).storage.startswith("dense")
 
 
 def written(folder: Path, model: PreTrainedModel, **options: Any) -> Path:

@@ -24,7 +24,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
+from tests.families import SIZES, config_of, gemma3, gpt2, llava, model_of, qwen2_vl
 from veneer.adapter.attach import attach, detach, methods_of
 from veneer.config import LoraSettings
 from veneer.errors import ModelError, VeneerError
@@ -36,27 +38,6 @@ from veneer.model.packed import hidden_states, running, speaking, wiring_of
 from veneer.model.probe import probe
 from veneer.model.scores import Scores
 from veneer.model.stream import Span, Stream, pack
-
-# initializer_range 0.3 instead of 0.02: with the usual one the attention of so small a model is uniform, and a wrong
-# scale or a lost rotation would go unseen.
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.3,
-}
-
-
-def config_of(family: str, **more):
-    return AutoConfig.for_model(family, **SIZES, **more)
-
 
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
@@ -89,6 +70,28 @@ FAMILIES = {
     "smollm3": config_of("smollm3"),
     "phi3, q, k and v in one": config_of("phi3"),
     "gpt_neox": config_of("gpt_neox"),
+    "gpt2, layers stored transposed, learned positions": gpt2(),
+    # Their layers do not hand on to attention what they are given.
+    "stablelm": config_of("stablelm"),
+    "nemotron": config_of("nemotron"),
+    "deepseek_v3, latent attention, experts": config_of(
+        "deepseek_v3",
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+    "gemma3, which sees": gemma3(),
+    "llava, which sees": llava(),
+    "qwen2_vl, which sees": qwen2_vl(),
     "starcoder2": config_of("starcoder2", sliding_window=8),
     "gpt_oss, sinks": config_of("gpt_oss", head_dim=8, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),
     "mixtral, experts": config_of("mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -100,8 +103,11 @@ ATTENTION_ALONE = {"one": ["q_proj", "v_proj"], "two": TARGETS["two"]}
 # The same where layers have other names.
 OTHER_TARGETS = {
     "phi3": {"one": ["qkv_proj", "down_proj"], "two": ["qkv_proj", "o_proj"]},
+    "gpt2": {"one": ["c_attn", "mlp.c_proj"], "two": ["c_attn", "attn.c_proj", "c_fc"]},
     "gpt_neox": {"one": ["query_key_value", "dense_4h_to_h"], "two": ["query_key_value", "dense"]},
     "starcoder2": {"one": ["q_proj", "v_proj", "c_fc"], "two": TARGETS["two"]},
+    "nemotron": {"one": ["q_proj", "v_proj", "down_proj"], "two": TARGETS["two"]},
+    "deepseek_v3": {"one": ["q_b_proj", "kv_b_proj", "down_proj"], "two": ["kv_b_proj", "o_proj"]},
     "gpt_oss": ATTENTION_ALONE,  # experts are no linear layers
     "mixtral": ATTENTION_ALONE,
     "qwen3_moe": ATTENTION_ALONE,
@@ -114,7 +120,7 @@ def plain(family: str) -> nn.Module:
     """A random model of the family as transformers makes it; biases and norms are random too, not 0 and 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family]).float().eval()
+        model = model_of(FAMILIES[family])
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 nn.init.normal_(parameter, 1.0, 0.3)
@@ -146,8 +152,10 @@ def logits_alone(
     weights = {}
     for slot, weight in slots.items():
         for path, (a_RI, b_OR) in factors[slot].items():
-            held = weights.get(f"{path}.weight", model.get_submodule(path).weight)
-            weights[f"{path}.weight"] = held + (weight * SCALES[slot] * b_OR @ a_RI).to(held.dtype)
+            layer = model.get_submodule(path)
+            held, update_OI = weights.get(f"{path}.weight", layer.weight), weight * SCALES[slot] * b_OR @ a_RI
+            update = update_OI.t() if isinstance(layer, Conv1D) else update_OI
+            weights[f"{path}.weight"] = held + update.to(held.dtype)
     inputs = {"input_ids": torch.tensor([ids]), "use_cache": False}
     return torch.func.functional_call(model, weights, kwargs=inputs).logits[0]
 
@@ -225,7 +233,7 @@ def test_logits_and_gradients_equal_each_sequence_alone(lengths, data, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
+def test_families_packed_equal_each_sequence_alone(family):
     """Length 1, several buckets (40 against 12 and 5), neighbours of one slot, the base between them."""
     speakers = [{"one": 1.0}, {"one": 1.0}, {}, {"two": 1.0}, {"one": 1.0}]
     assert_equal(*both(family, sentences([12, 40, 5, 1, 11]), speakers), TIGHT)
@@ -445,7 +453,22 @@ def test_a_name_that_is_not_attached_is_refused():
 STATE_SPACE = MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
 REFUSED = {
     "state space": (STATE_SPACE, "mamba.*second of three packed sequences"),
-    "position bias": (AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=61), "bloom"),
+    "position bias": (
+        AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=61),
+        "bloom.*2 of its 2 layers do not compute attention through",
+    ),
+    "attention of its own": (
+        AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=61, n_positions=64),
+        "gptj.*2 of its 2 layers do not compute attention through",
+    ),
+    "convolution in one layer": (
+        config_of("lfm2", layer_types=["conv", "full_attention"]),
+        "lfm2.*1 of its 2 layers do not compute attention through",
+    ),
+    "attention in chunks": (
+        config_of("llama4_text", head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=64),
+        r"llama4_text.*its attention layers do not tell of a mask of its own \(size 64\)",
+    ),
     # Which rotary frequencies are used depends on the longest position of the call, so on the neighbours.
     "dynamic rotary embedding": (
         LlamaConfig(

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from veneer.errors import ModelError
 from veneer.model import attention, losses, segments
@@ -40,6 +41,16 @@ def test_a_right_model_passes_and_is_unchanged(model, dtype):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_in_training_mode_is_probed_without_its_own_dropout():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5)).train()
+    model.transformer.h[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    probe(model)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_model_that_amplifies_rounding_is_measured_by_its_own(model, monkeypatch):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from torch import nn
 from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.verify import check_base
-from veneer.bases.dense import Dense
+from veneer.bases.base import Base
+from veneer.bases.transposed import Transposed
 from veneer.config import SWITCHES, LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, NotMergeable, listed, nearest
 from veneer.methods import method_class
@@ -26,10 +28,12 @@ from veneer.methods.dora import DoRA
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
+from veneer.model.experts import expert_parameters, experts_note
 from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
-from veneer.model.swap import check_adaptable, leaf_at, linear_paths, unswap
+from veneer.model.swap import base_of, check_adaptable, leaf_at, linear_paths, unswap
+from veneer.model.text import text_modules
 
 
 def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "default", *, seed: int = 0) -> nn.Module:
@@ -140,12 +144,28 @@ def _need_dense(model: nn.Module, name: str) -> None:
         )
 
 
+def _unadapted(model: nn.Module) -> dict[str, str]:
+    """Path -> why no adapter goes on what stands there, for what users name that is no linear layer to us."""
+    reasons = dict.fromkeys(expert_parameters(model), "the experts of a layer in one tensor, which stays frozen")
+    inside = text_modules(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for path, module in model.named_modules():
+        if module is head:
+            reasons[path] = "the vocabulary head, which the loss in chunks reads as it is"
+        elif isinstance(module, nn.Embedding):
+            reasons[path] = "an embedding, which stays frozen"
+        elif module not in inside and isinstance(module, nn.Linear):
+            reasons[path] = "not of the language model, and trained is on text"
+    return reasons
+
+
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Paths of the linear layers that the settings name. Raises ConfigError with every target that matches nothing."""
     paths = linear_paths(model)
-    chosen = (
-        paths if settings.target_modules == "all-linear" else _named(paths, settings.target_modules, "target_modules")
-    )
+    if settings.target_modules == "all-linear":
+        chosen = paths
+    else:
+        chosen = _named(paths, settings.target_modules, "target_modules", _unadapted(model))
     if settings.exclude_modules:
         excluded = set(_named(paths, settings.exclude_modules, "exclude_modules"))
         chosen = [path for path in chosen if path not in excluded]
@@ -154,8 +174,13 @@ def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
     return chosen
 
 
-def _named(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[str]:
-    """The paths that any pattern names, in the model's order. Raises ConfigError with every pattern that names none."""
+def _named(
+    paths: Sequence[str], patterns: Sequence[str], option: str, unadapted: Mapping[str, str] | None = None
+) -> list[str]:
+    """The paths that any pattern names, in the model's order. Raises ConfigError with every pattern that names none.
+
+    unadapted: path -> why it is none of `paths`.
+    """
     try:
         hits = {pattern: patterns_of_peft.matched(pattern, paths) for pattern in patterns}
     except patterns_of_peft.TooCostly as error:
@@ -163,12 +188,17 @@ def _named(paths: Sequence[str], patterns: Sequence[str], option: str) -> list[s
     missed = [pattern for pattern, found in hits.items() if not found]
     if missed:
         kinds = sorted({path.rpartition(".")[2] for path in paths})
-        faults = [f"{p!r} matches no linear layer{_near(p, kinds)}" for p in missed]
+        faults = [f"{p!r} matches no linear layer{_why(p, unadapted or {}) or _near(p, kinds)}" for p in missed]
         raise ConfigError(
             listed(f"{option}:", faults, f"This model has: {', '.join(kinds)} (or a whole path such as {paths[0]}).")
         )
     wanted = {path for found in hits.values() for path in found}
     return [path for path in paths if path in wanted]
+
+
+def _why(pattern: str, unadapted: Mapping[str, str]) -> str:
+    found = patterns_of_peft.matched(pattern, list(unadapted))
+    return f": {found[0]} is {unadapted[found[0]]}" if found else ""
 
 
 def _near(word: str, kinds: Sequence[str]) -> str:
@@ -178,6 +208,9 @@ def _near(word: str, kinds: Sequence[str]) -> str:
 
 def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[str, Method]:
     targets = find_targets(model, settings)
+    if settings.target_modules == "all-linear":
+        for note in _left_out(model):
+            warnings.warn(note, UserWarning, stacklevel=3)
     for option, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         if patterns:
             _named(targets, list(patterns), option)
@@ -186,26 +219,38 @@ def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[
     return {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
 
 
+def _left_out(model: nn.Module) -> list[str]:
+    """What 'all-linear' does not mean, though one could think so."""
+    notes = []
+    if experts := experts_note(model):
+        notes.append(f"all-linear: {experts} and stay as they are; adapted is what all tokens pass")
+    inside = text_modules(model)
+    others = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and m not in inside]
+    if others:
+        parts = sorted({path.removeprefix("model.").partition(".")[0] for path in others})
+        notes.append(f"all-linear: of {', '.join(parts)} nothing is adapted ({len(others)} layers); trained is on text")
+    return notes
+
+
 def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> Method:
-    start, layer = INITS[settings.init_lora_weights], model.get_submodule(path)
+    start, base = INITS[settings.init_lora_weights], base_of(model.get_submodule(path))
     scale = settings.scale if settings.scale is not None else alpha / (rank**0.5 if settings.use_rslora else rank)
     generator = torch.Generator().manual_seed(_module_seed(seed, path))
     try:
-        a_RI, b_OR = start.factors(_start_weight(layer, start.anchored), rank, scale, generator)
+        a_RI, b_OR = start.factors(_start_weight(base, start.anchored), rank, scale, generator)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; next: a lower --r, or another --init-lora-weights") from error
     if settings.method == "dora":
-        base = layer.base if isinstance(layer, Leaf) else Dense.from_linear(layer)
         return DoRA(a_RI, b_OR, base.row_norms().cpu(), scale, settings.lora_dropout)
     kind = AnchoredLoRA if start.anchored else LoRA
     return kind(a_RI, b_OR, scale, settings.lora_dropout)
 
 
-def _start_weight(layer: nn.Module, values: bool) -> torch.Tensor:
+def _start_weight(base: Base, values: bool) -> torch.Tensor:
     """What a start is given: the weight; of a quantised layer its shape alone where the start looks at no values."""
-    if isinstance(layer, Leaf) and layer.base.storage != "dense":
-        return layer.base.dense() if values else torch.empty(layer.out_features, layer.in_features, device="meta")
-    return layer.weight
+    if base.storage != "dense":
+        return base.dense() if values else torch.empty(base.out_features, base.in_features, device="meta")
+    return base.weight
 
 
 def _module_seed(seed: int, path: str) -> int:
@@ -244,10 +289,12 @@ def _storage(model: nn.Module, methods: dict[str, Method]) -> str:
 def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage: str, training: dict) -> Card:
     ranks = {path: method.rank for path, method in methods.items()}
     scales = {path: method.scale for path, method in methods.items()}
-    dropout = next((method.dropout for method in methods.values()), 0.0)
+    settings: dict[str, Any] = {"lora_dropout": next((method.dropout for method in methods.values()), 0.0)}
+    if any(isinstance(model.get_submodule(path).base, Transposed) for path in methods):
+        settings["fan_in_fan_out"] = True  # PEFT's name for it
     return Card(
         method=next((method.name for method in methods.values()), "lora"),
-        settings={"lora_dropout": dropout},
+        settings=settings,
         scales=scales,
         ranks=ranks,
         base=fingerprints.of(model),

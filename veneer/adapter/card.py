@@ -34,7 +34,7 @@ Made = TypeVar("Made")
 # Settings that leave no trace in the forward once training is over: ranks and scale are in the tensors.
 # Every other setting counts, so that a new method's settings are part of its identity unless named here.
 _TRAINING_ONLY = frozenset(
-    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules "
+    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules fan_in_fan_out "
     "layers_to_transform rank_pattern alpha_pattern".split()
 )
 
@@ -194,7 +194,8 @@ class Adapter:
         if path.exists() and not path.is_dir():
             raise AdapterError(f"{path}: a file. Wanted a folder, or a new name for one.")
         card = {**self.card.to_json(), "identity": self.identity}
-        files = write_peft({module: self.of(module) for module in self.modules()}, self.card.base_name)
+        modules = {module: self.of(module) for module in self.modules()}
+        files = write_peft(modules, self.card.base_name, bool(self.card.settings.get("fan_in_fan_out")))
         files[CARD] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
         try:
             write_folder(path, files)

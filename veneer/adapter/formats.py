@@ -83,7 +83,9 @@ def _method(config: Mapping[str, Any], stored: Mapping[str, Mapping[str, Tensor]
     return method or "lora"
 
 
-def write_peft(modules: Mapping[str, Mapping[str, Tensor]], base_name: str | None) -> dict[str, bytes]:
+def write_peft(
+    modules: Mapping[str, Mapping[str, Tensor]], base_name: str | None, transposed: bool = False
+) -> dict[str, bytes]:
     """The files of a PEFT folder, name -> bytes: equal tensors (module path -> kind -> tensor) give equal bytes,
     whatever their order."""
     keys = {kind: name for name, kind in KINDS.items()}
@@ -93,7 +95,8 @@ def write_peft(modules: Mapping[str, Mapping[str, Tensor]], base_name: str | Non
         for kind, tensor in held.items()
     }
     vectors = {kind for held in modules.values() for kind in held if kind in VECTORS.values()}
-    config = peft_config.written({module: len(held["a"]) for module, held in modules.items()}, base_name, vectors)
+    ranks = {module: len(held["a"]) for module, held in modules.items()}
+    config = peft_config.written(ranks, base_name, vectors, transposed)
     return {
         WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

@@ -22,7 +22,7 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those 
 _REFUSED = {
     "modules_to_save": "whole copies of base modules are part of the adapter",
     "trainable_token_indices": "rows of the embedding are part of the adapter",
-    "target_parameters": "parameters are adapted that are not linear layers",
+    "target_parameters": "parameters are adapted that are no linear layers, such as experts",
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "aLoRA acts only after certain tokens",
     "use_qalora": "QALoRA pools the input",
@@ -48,14 +48,18 @@ VECTOR_KEYS = {"m": "use_dora", "c": "lora_bias", "o": "bias"}
 RECORDED = (
     *sorted(_READ - set(VECTOR_KEYS.values())),
     "lora_dropout",
+    "fan_in_fan_out",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
 )
 
 
-def written(ranks: Mapping[str, int], base_name: str | None, vectors: Collection[str] = ()) -> dict[str, Any]:
-    """adapter_config.json for modules of these ranks, with alpha = r everywhere.
+def written(
+    ranks: Mapping[str, int], base_name: str | None, vectors: Collection[str] = (), transposed: bool = False
+) -> dict[str, Any]:
+    """adapter_config.json for modules of these ranks, with alpha = r everywhere. vectors: kinds beside the factors.
+    transposed: the base's layers are `Conv1D`; their factors are as all others, but PEFT warns where it is not told.
 
     Targets are whole paths: an end such as `q_proj` would also adapt the layers that a rank plan left out.
     """
@@ -78,7 +82,7 @@ def written(ranks: Mapping[str, int], base_name: str | None, vectors: Collection
         "lora_bias": "c" in vectors,
         "lora_dropout": 0.0,
         "bias": "lora_only" if "o" in vectors else "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": sorted(ranks),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
@@ -19,6 +19,7 @@ from veneer.methods.base import Method
 from veneer.model.load import DTYPES, Loaded, load
 from veneer.model.packed import speaking
 from veneer.model.saving import make_dense
+from veneer.model.text import text_config
 
 SLOT = "merging"
 PROBE_TOKENS = 32
@@ -93,7 +94,7 @@ def _dtype(model: nn.Module, dtype: str) -> torch.dtype:
 
 @torch.no_grad()
 def _logits(model: nn.Module, slot: str | None) -> Tensor:
-    ids = torch.tensor([[(11 * i * i + 5) % model.config.vocab_size for i in range(PROBE_TOKENS)]])
+    ids = torch.tensor([[(11 * i * i + 5) % text_config(model).vocab_size for i in range(PROBE_TOKENS)]])
     if slot is None:
         return model(input_ids=ids).logits.float()
     with speaking(model, slot):
@@ -107,14 +108,14 @@ def _rounding(method: Method, base: Base, dtype: torch.dtype) -> tuple[float, fl
     return error, method.update_norm(base)
 
 
-def _write(folder: Path, model: nn.Module, tokenizer: Any, dtype: torch.dtype) -> Tensor:
+def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> Tensor:
     """Writes the model folder, whole or not at all; returns the logits of what plain transformers reads back."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        got = _logits(AutoModelForCausalLM.from_pretrained(partial, dtype=dtype), None)
+        got = _logits(type(model).from_pretrained(partial, dtype=dtype), None)
         if not torch.isfinite(got).all():
             raise ModelError("the merged model gives logits that are not finite; nothing was written, keep the adapter")
         if folder.exists():

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from veneer.model.text import text_config
+
 # name in the config -> factor of the logits
 _SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": float,  # Cohere
@@ -44,7 +46,7 @@ class Head(NamedTuple):
 
 def head_of(model: Any) -> Head:
     """The model's head, as its config tells."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     scale = 1.0
     for name, factor in _SCALES.items():
         if value := getattr(config, name, None):

@@ -19,13 +19,14 @@ from veneer.bases.kept import decoded_once
 from veneer.model.gated import is_fused, is_gated
 from veneer.model.packed import Wiring, wiring_of
 from veneer.model.recompute import Shelf, recomputed
+from veneer.model.text import body_of
 from veneer.model.tiled import own_forward, plain_mlp, tile, untile
 from veneer.model.unread import Trials
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that transformers itself would checkpoint, in order."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in body_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def arrange(

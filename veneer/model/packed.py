@@ -21,6 +21,7 @@ from veneer.errors import ModelError
 from veneer.model.attention import ATTENTION
 from veneer.model.siblings import Waiting
 from veneer.model.stream import Span, Stream
+from veneer.model.text import body_of, learned_positions
 from veneer.model.unread import Unread
 from veneer.model.varlen import varlen_of
 
@@ -42,6 +43,7 @@ class Wiring:
         self.unread_value = math.nan
         self.window: slice | None = None  # of the stream's rows: those that leaves are fed now; None: all
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
+        self.positions: int | None = None  # how many the model has an embedding of; None: any number
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
 
@@ -85,7 +87,16 @@ def wiring_of(model: nn.Module) -> Wiring:
     """The model's wiring, made at the first question."""
     if not hasattr(model, "veneer_wiring"):
         model.veneer_wiring = Wiring()
+        if hasattr(model, "base_model"):
+            model.veneer_wiring.positions = learned_positions(model)
+        for module in _attentive(model):  # decoder layers of some families do not hand on a stream given as an argument
+            module.veneer_wiring = model.veneer_wiring
     return model.veneer_wiring
+
+
+def _attentive(model: nn.Module) -> list[nn.Module]:
+    """The modules that read from a config how to compute attention."""
+    return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
 
 
 @contextmanager
@@ -99,6 +110,11 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         raise ModelError(f"no slot named {', '.join(unknown)}; attached are: {', '.join(wiring.slots) or 'none'}")
     if wiring.stream is not None:
         raise RuntimeError("a stream is already running on this model; run one after the other")
+    if wiring.positions is not None and max(stream.seen) > wiring.positions:
+        raise ModelError(
+            f"a sequence of {max(stream.seen)} tokens, and this model has positions for {wiring.positions}; "
+            f"next: --max-length {wiring.positions}"
+        )
     wiring.stream, wiring.whole = stream, whole(stream)
     if stream.token_ids_T.is_cuda:
         varlen_of(stream)
@@ -113,9 +129,7 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
 @contextmanager
 def attending_by(model: nn.Module, attention: str) -> Iterator[None]:
     """While inside, the model computes attention by the implementation that transformers knows under this name."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
-    }
+    configs = {id(module.config): module.config for module in _attentive(model)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
@@ -139,7 +153,7 @@ def hidden_states(model: nn.Module) -> Tensor:
     stream = wiring_of(model).stream
     if stream is None:
         raise RuntimeError("hidden_states: no stream is running; call it inside `with running(model, stream):`")
-    out = model.base_model(
+    out = body_of(model)(
         input_ids=stream.token_ids_T[None],
         position_ids=stream.positions_T[None],
         use_cache=False,

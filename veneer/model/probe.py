@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import ModelError
-from veneer.model.attention import witnessed
+from veneer.model.attention import Witness, witnessed
 from veneer.model.head import head_of
 from veneer.model.losses import head_nll
 from veneer.model.packed import attending_by, hidden_states, running, wiring_of
 from veneer.model.stream import SHARED, pack
+from veneer.model.text import body_of, text_config
 
 # Relative to the largest logit: rounding over tens of layers; a wrong mask or position is off by 10 % and more.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -26,24 +27,34 @@ HALF = (torch.bfloat16, torch.float16)
 
 def probe(model: nn.Module) -> None:
     """Raises ModelError naming the family when packed segments differ from each alone, or the chunked head from the
-    model's own logits."""
+    model's own logits. A model in training mode is probed without the dropout of its own, and is in it afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        _probe(model)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe(model: nn.Module) -> None:
     family = getattr(model.config, "model_type", type(model).__name__)
     device = next(model.parameters()).device
-    rotary = getattr(model.config, "rope_parameters", None) or {}
+    rotary = getattr(text_config(model), "rope_parameters", None) or {}
     kinds = {str(part.get("rope_type")) for part in (rotary, *rotary.values()) if isinstance(part, dict)}
     if stretched := sorted(kinds & LENGTH_DEPENDENT):
         wiring_of(
             model
         ).fault = f"rotary positions of the kind {stretched[0]!r} depend on the length of what is beside them"
         raise ModelError(f"models of the family {family!r} are not supported: {wiring_of(model).fault}")
-    sequences = _sequences(model.config.vocab_size)
+    sequences = _sequences(text_config(model).vocab_size)
     try:
         packed, nll = _packed(model, sequences, device)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, LookupError) as error:
-        wiring_of(model).fault = str(error)
-        raise ModelError(
-            f"models of the family {family!r} are not supported: the packed forward failed ({error})"
-        ) from error
+        reason = _reason(model, sequences[0], device) or f"the packed forward failed ({error})"
+        wiring_of(model).fault = reason
+        raise ModelError(f"models of the family {family!r} are not supported: {reason}") from error
     alone = [_alone(model, sequence, device) for sequence in sequences]
     wiring_of(model).probed = True
     faults = _faults(packed, alone, model.dtype, TOLERANCE[model.dtype])
@@ -51,7 +62,8 @@ def probe(model: nn.Module) -> None:
         faults = _faults(packed, alone, model.dtype, _rounding(model, sequences, alone, device))
         faults += _head_faults(model, sequences[0], alone[0], device)
     faults += _loss_faults(nll, packed[0], sequences[0], TOLERANCE[model.dtype])
-    faults = faults or _mask_faults(model, sequences[0], device)
+    witness = _seen(model, sequences[0], device)
+    faults = [*_elsewhere(model, witness), *_mask_faults(witness), *faults]
     if faults:
         _check_finite(model)
         wiring_of(model).fault = "; ".join(faults)
@@ -91,12 +103,35 @@ def _packed(model: nn.Module, sequences: list[list[int]], device: torch.device) 
 
 
 @torch.no_grad()
-def _mask_faults(model: nn.Module, sequence: list[int], device: torch.device) -> list[str]:
-    """What a dozen tokens cannot show: a mask that hides keys farther back, and that its layers do not tell of."""
-    stream = pack([sequence], device=device)
-    with running(model, stream), witnessed() as witness:
+def _seen(model: nn.Module, sequence: list[int], device: torch.device) -> Witness:
+    """What packed attention sees of a stream."""
+    with running(model, pack([sequence], device=device)), witnessed() as witness:
         hidden_states(model)
+    return witness
+
+
+def _reason(model: nn.Module, sequence: list[int], device: torch.device) -> str | None:
+    """Why the packed forward failed, where it gets far enough to tell."""
+    try:
+        return next(iter(_elsewhere(model, _seen(model, sequence, device))), None)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError, LookupError):
+        return None
+
+
+def _mask_faults(witness: Witness) -> list[str]:
+    """What a dozen tokens cannot show: a mask that hides keys farther back, and that its layers do not tell of."""
     return [f"its attention layers do not tell of {fault}" for fault in sorted(witness.untold)]
+
+
+def _elsewhere(model: nn.Module, witness: Witness) -> list[str]:
+    """Why segments see each other, where that is told by what packed attention was not asked for."""
+    layers = getattr(text_config(model), "num_hidden_layers", 0)
+    if witness.calls >= layers:
+        return []
+    return [
+        f"{layers - witness.calls} of its {layers} layers do not compute attention through transformers' attention "
+        "interface (a state space, a convolution, or attention of their own), so segments see each other"
+    ]
 
 
 @torch.no_grad()
@@ -134,7 +169,7 @@ def _faults(packed: list[Tensor], alone: list[Tensor], dtype: torch.dtype, toler
 @torch.no_grad()
 def _head_faults(model: nn.Module, sequence: list[int], wanted_TV: Tensor, device: torch.device) -> list[str]:
     """Depth amplifies what layers round, never what comes after them: the head is held to the ordinary tolerance."""
-    out = model.base_model(input_ids=torch.tensor([sequence], device=device), use_cache=False)
+    out = body_of(model)(input_ids=torch.tensor([sequence], device=device), use_cache=False)
     error = _error(head_of(model)(out[0][0]).float(), wanted_TV, model.dtype)
     return [] if error < TOLERANCE[model.dtype] else [f"its logits are {error:.1%} off those of its vocabulary head"]
 

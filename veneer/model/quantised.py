@@ -5,6 +5,7 @@ On a GPU a tensor goes there as it is stored, is cast and encoded there, and its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from veneer.bases import BASES
 from veneer.bases.base import Base
 from veneer.errors import ModelError
 from veneer.model import bnb
+from veneer.model.experts import experts_note
 from veneer.model.progress import shown
 from veneer.model.read import check_complete, forget_quantiser, from_pretrained, quiet, read_config, read_model
 from veneer.model.saving import saves_as
@@ -71,14 +74,27 @@ def read_quantised(source: Source, way: Way, progress: bool) -> PreTrainedModel:
     if source.gguf_file:  # one too large to be unpacked: transformers knows its formats, and reads it whole
         with quiet():
             model = read_model(source, way.dtype)
+        _check_layers(source, model, way)
         _encode(model, way, progress)
     else:
         model, told, files = _skeleton(source, way)
+        _check_layers(source, model, way)
         shards = Shards(files)
         apart = _fill(source, model, shards, way, progress, told)
         check_complete(source, told, apart)
     saves_as(model, way.storage, way.dtype)
     return model.eval()
+
+
+def _check_layers(source: Source, model: nn.Module, way: Way) -> None:
+    """Says what stays dense; raises ModelError where that is every layer."""
+    if experts := experts_note(model):
+        warnings.warn(f"{source.name} as {way.storage}: {experts} and stay dense", UserWarning, stacklevel=5)
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ModelError(
+            f"{source.name} ({type(model).__name__}) holds its layers transposed (Conv1D), which veneer keeps dense "
+            f"alone, and {way.storage} was asked for. Next: leave the storage option out"
+        )
 
 
 def _skeleton(source: Source, way: Way) -> tuple[PreTrainedModel, dict[str, Any], list[Path]]:
@@ -108,7 +124,10 @@ def _fill(source: Source, model: nn.Module, shards: Shards, way: Way, progress: 
     shards.close()
     for path in places:  # in the model's order, which the families of leaves follow
         _put(model, path, made.pop(path))
-    return {part for path, name in weights.items() for part in _parts(name, places[path], shards)}
+    parts = {(path, name): _parts(name, places[path], shards) for path, name in weights.items()}
+    # Under the model's names too: transformers tells those of what it did not load, which files may spell otherwise.
+    renamed = {f"{path}.{part[len(name) - len('weight') :]}" for (path, name), own in parts.items() for part in own}
+    return renamed.union(*parts.values())
 
 
 def _misfits(places: dict[str, Hollow], names: dict[str, str | None], shards: Shards) -> dict[str, list[str]]:

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from veneer.errors import ModelError, listed
@@ -60,15 +68,19 @@ def read_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 def from_pretrained(source: Source, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' model and what it tells of missing, unexpected and mismatched tensors."""
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.place, trust_remote_code=False, output_loading_info=True, **options
-        )
+        return _kind(source).from_pretrained(source.place, trust_remote_code=False, output_loading_info=True, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # as above
         if not source.gguf_file:
             Shards(checkpoint_files(source.place))  # names a damaged file, which transformers does not
         raise unknown(source.name, _first_line(error)) from error
+
+
+def _kind(source: Source) -> Any:
+    """transformers' class for models of this family: of those with a language model inside, the whole."""
+    known = source.gguf_file or type(read_config(source)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if known else AutoModelForImageTextToText
 
 
 def check_complete(source: Source, told: dict[str, Any], apart: Iterable[str] = ()) -> None:

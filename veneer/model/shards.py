@@ -27,8 +27,12 @@ class Shards:
         self._open: tuple[Path, safe_open] | None = None
 
     def name_of(self, wanted: str, prefix: str) -> str | None:
-        """How the checkpoint calls the tensor `wanted`: with or without the prefix of the model inside the head."""
-        spellings = (wanted, wanted.removeprefix(f"{prefix}."), f"{prefix}.{wanted}")
+        """How the checkpoint calls the tensor `wanted`: with or without the prefix of the model inside the head; of a
+        language model among others, as this or earlier releases of transformers wrote it."""
+        spellings = [wanted, wanted.removeprefix(f"{prefix}."), f"{prefix}.{wanted}"]
+        whole, inside, rest = wanted.partition("language_model.")
+        if inside and whole == f"{prefix}.":
+            spellings += [f"language_model.model.{rest}", f"model.{rest}"]
         return next((name for name in spellings if name in self.file_of), None)
 
     def read(self, name: str) -> Tensor:

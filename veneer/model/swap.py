@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from veneer.bases.base import Base
+from veneer.bases.base import Base, frozen
 from veneer.bases.dense import Dense
+from veneer.bases.transposed import Transposed
 from veneer.errors import ModelError
 from veneer.model.leaf import Leaf
 from veneer.model.norm import FrozenRMSNorm
 from veneer.model.packed import wiring_of
 from veneer.model.siblings import family
+from veneer.model.text import text_modules
 
 # Class names whose arithmetic FrozenRMSNorm repeats (to rounding); others keep the model's own code.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -25,17 +29,20 @@ def swap_norms(model: nn.Module) -> int:
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Paths of the layers that can hold an adapter: every linear layer and leaf but the vocabulary head."""
+    """Paths of the layers that can hold an adapter: every linear layer and leaf but the vocabulary head.
+
+    Of a model that sees or hears as well, those of its language model: nothing but text is trained on.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Leaf)) and module is not head
-    ]
+    kinds, inside = (nn.Linear, Conv1D, Leaf), text_modules(model)
+    named = model.named_modules()
+    return [path for path, module in named if isinstance(module, kinds) and module in inside and module is not head]
 
 
 def check_adaptable(model: nn.Module, path: str) -> None:
     """Raises ModelError when what stands at `path` is neither a plain linear layer nor a leaf."""
     module = model.get_submodule(path)
-    if type(module) is not nn.Linear and not isinstance(module, Leaf):
+    if type(module) not in (nn.Linear, Conv1D) and not isinstance(module, Leaf):
         raise ModelError(f"{path} is a {type(module).__name__}; an adapter goes on a plain linear layer")
 
 
@@ -45,7 +52,16 @@ def leaf_at(model: nn.Module, path: str) -> Leaf:
     if isinstance(module, Leaf):
         return module
     check_adaptable(model, path)
-    return place_leaf(model, path, Dense.from_linear(module))
+    kind = Transposed if isinstance(module, Conv1D) else Dense
+    return place_leaf(model, path, kind.from_linear(module))
+
+
+def base_of(layer: nn.Module) -> Base:
+    """The base of a leaf; of another layer one over its weight, to ask: the layer itself is not frozen by it."""
+    if isinstance(layer, Leaf):
+        return layer.base
+    weight = layer.weight.detach()
+    return Dense.from_weight(weight.t() if isinstance(layer, Conv1D) else weight)
 
 
 def place_leaf(model: nn.Module, path: str, base: Base) -> Leaf:
@@ -79,8 +95,19 @@ def unswap(model: nn.Module) -> int:
     ]
     for path, leaf in leaves:
         leaf.siblings.remove(leaf)
-        linear = nn.Linear(leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta")
-        linear.weight, linear.bias = leaf.base.weight, leaf.base.bias
-        linear.train(leaf.training)
-        place(model, path, linear)
+        place(model, path, _layer(leaf).train(leaf.training))
     return len(leaves)
+
+
+def _layer(leaf: Leaf) -> nn.Module:
+    """The layer that `leaf` stands for, holding the same weights."""
+    base: Base = leaf.base
+    with torch.device("meta"):
+        if isinstance(base, Transposed):
+            layer: nn.Module = Conv1D(base.out_features, base.in_features)
+            layer.weight = frozen(base.weight.t())
+        else:
+            layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+            layer.weight = base.weight
+    layer.bias = base.bias
+    return layer

@@ -26,6 +26,7 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
     """
     if settings.learning_rate is not None:
         return Rate(settings.learning_rate, "as given")
+    model_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     hidden, family = model_config.hidden_size, str(getattr(model_config, "model_type", ""))
     power = next((power for name, power in WIDTH_POWER.items() if family.startswith(name)), WIDTH_POWER["llama"])
     rate = 5e-5 * 10 * (2000 / hidden) ** power
