@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-MODULE = re.compile(
-    r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
-)  # a module path; nothing that could reach a log or a file name
+SHOWN = 8  # places named in one fault; the rest is counted
+LONGEST = 512  # characters of a module path
+_MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = 8) -> None:
+def is_module(path: str) -> bool:
+    """Whether a text can be a module's path: of the letters of code, so that it can stand in a log and beside a file."""
+    return len(path) <= LONGEST and bool(_MODULE.fullmatch(path))
+
+
+def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = SHOWN) -> None:
     """Append one fault for all the places that share it, if there are any."""
     if where:
         more = f" and {len(where) - shown} more" if len(where) > shown else ""
@@ -34,10 +42,15 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
+def overflows(a: Tensor, b: Tensor) -> bool:
+    """Whether the largest values could add up to more than float32 holds: no update is that large."""
+    return a.abs().max().item() * b.abs().max().item() * len(a) > _FLOAT32_MAX
+
+
 def tensor_faults(tensors: Mapping[str, Tensor]) -> list[str]:
     """Faults of an adapter's tensors: names, missing halves, shapes, types, values."""
     faults: list[str] = []
-    odd = [name for name in tensors if not MODULE.fullmatch(name[:-2]) or name[-2:] not in (".a", ".b")]
+    odd = [name for name in tensors if not is_module(name[:-2]) or name[-2:] not in (".a", ".b")]
     pairs = {name[:-2] for name in tensors if name not in odd}
     whole = sorted(module for module in pairs if f"{module}.a" in tensors and f"{module}.b" in tensors)
     shapes = {module: (tensors[f"{module}.a"], tensors[f"{module}.b"]) for module in whole}
@@ -50,6 +63,8 @@ def tensor_faults(tensors: Mapping[str, Tensor]) -> list[str]:
     )
     add_fault(faults, "not floating point", [n for n, t in tensors.items() if not t.is_floating_point()])
     add_fault(faults, "NaN or infinite values", [n for n, t in tensors.items() if not finite(t)])
+    huge = [m for m, (a, b) in shapes.items() if chains(a, b) and finite(a) and finite(b) and overflows(a, b)]
+    add_fault(faults, "values so large that b @ a can overflow float32", huge)
     return faults if tensors else ["no tensors"]
 
 
@@ -88,7 +103,7 @@ def _is(kind: str, value: Any) -> bool:
     if kind == "tuple[str, ...]":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind == "float":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
     return kind == "Any" or isinstance(value, str if kind == "str" else dict)

@@ -50,6 +50,8 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     factors = {module: (a_RI, b_OR * scales.get(module, 1.0)) for module, (a_RI, b_OR) in pairs.items()}
     lost = [module for module in pairs if finite(pairs[module][1]) and not finite(factors[module][1])]
     add_fault(faults, "values overflow once the scale is folded in", lost)
+    gone = [module for module in pairs if pairs[module][1].any() and not factors[module][1].any()]
+    add_fault(faults, "values vanish once the scale is folded in", gone)
     if len(faults) > before:
         return None
     settings = {key: config[key] for key in peft_config.RECORDED if key in config}

@@ -59,7 +59,7 @@ def open_model(settings: BaseSettings, adapters: Mapping[str, str]) -> Opened:
         if note := storage_note(adapter, loaded.storage, name):
             say(f"note: {note}")
         attach(loaded.model, adapter, name=name)
-    prompts = {name: adapter.card.training.get("options", {}).get("system_prompt") for name, adapter in values.items()}
+    prompts = {name: adapter.card.system_prompt for name, adapter in values.items()}
     for name, prompt in prompts.items():
         if prompt:
             say(f"{name} was trained with the system prompt: {prompt}")

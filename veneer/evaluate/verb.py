@@ -54,9 +54,7 @@ def evaluate_files(settings: EvalSettings) -> Result:
 
 def system_prompt(adapters: Mapping[str, Adapter]) -> str | None:
     """The system prompt that the adapters were trained with. Raises ConfigError when they differ."""
-    prompts = {
-        label: adapter.card.training.get("options", {}).get("system_prompt") for label, adapter in adapters.items()
-    }
+    prompts = {label: adapter.card.system_prompt for label, adapter in adapters.items()}
     if len(set(prompts.values())) > 1:
         told = "; ".join(f"{label}: {prompt!r}" for label, prompt in prompts.items())
         raise ConfigError(
