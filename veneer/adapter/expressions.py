@@ -102,13 +102,14 @@ class Expression:
         if code is _codes.SUBPATTERN:
             return self._ends(argument[-1], text, starts)
         if code in _REPEATS:
-            return self._repeated(*argument, text, starts)
+            low, high, body = argument
+            return self._repeated(int(low), int(high), body, text, starts)
         wanted = code is _codes.ASSERT
         return {at for at in starts if bool(self._ends(argument[1], text, {at})) is wanted}
 
-    def _repeated(self, low: Any, high: Any, body: Any, text: str, starts: set[int]) -> set[int]:
+    def _repeated(self, low: int, high: int, body: Any, text: str, starts: set[int]) -> set[int]:
         """More rounds than characters change nothing: one of them would match nothing, and could be left out."""
-        low, high = min(int(low), len(text) + 1), min(int(high), len(text) + 1)
+        low, high = min(low, len(text) + 1), min(high, len(text) + 1)
         for _ in range(low):
             starts = self._ends(body, text, starts)
         reached = starts

@@ -21,7 +21,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def is_module(path: str) -> bool:
-    """Whether a text can be a module's path: of the letters of code, so that it can stand in a log and beside a file."""
+    """Whether a text can be a module's path: of the letters of code, so that it can stand in a log."""
     return len(path) <= LONGEST and bool(_MODULE.fullmatch(path))
 
 

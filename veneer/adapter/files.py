@@ -61,7 +61,7 @@ def read_whole(path: Path, limit: int) -> bytes:
 
 
 def _followed(path: Path) -> str:
-    """Where a link inside the folder leads: another file there, or a blob of the hub's cache, which is made of links."""
+    """Where a link inside the folder leads: another file there, or a blob of the hub's cache of links."""
     if not path.is_symlink():
         return str(path)
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))

@@ -100,7 +100,7 @@ def _ends(module: str) -> list[str]:
 
 
 def _names(key: str) -> tuple[bool, list[str]]:
-    """Whether the key means whole paths only, and the names that it consists of; no names where it is more than that."""
+    """Whether the key means whole paths only, and the names that it consists of; none where it is more."""
     body = key.removeprefix("^")
     is_group = body.startswith("(?:") and body.endswith(")")
     names = (body[3:-1] if is_group else body).split("|")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from veneer.adapter.attach import attach, storage_note
+from veneer.adapter.attach import attach, is_name, storage_note
 from veneer.adapter.card import Adapter
 from veneer.config import EvalSettings
 from veneer.data.files import read_rows
@@ -67,8 +67,8 @@ def _labels(folders: list[str]) -> dict[str, str]:
     """One adapter is called 'adapter', several by their folders' names."""
     if len(folders) == 1:
         return {"adapter": folders[0]}
-    names = [re.sub(r"\W", "_", Path(folder).resolve().name) for folder in folders]
+    names = [re.sub(r"[^A-Za-z0-9_-]", "_", Path(folder).resolve().name)[:50] for folder in folders]
     unique = [
-        name if names.count(name) == 1 and name != "base" else f"{name}_{i}" for i, name in enumerate(names, start=1)
+        name if names.count(name) == 1 and is_name(name) else f"{name}_{i}" for i, name in enumerate(names, start=1)
     ]
     return dict(zip(unique, folders, strict=True))
