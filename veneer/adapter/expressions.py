@@ -19,7 +19,7 @@ except ImportError:  # Python 3.10
     import sre_constants as _codes
     import sre_parse as _parser
 
-STEPS = 6_000_000  # two or three seconds
+STEPS = 2_000_000  # a few seconds
 _LONGEST = 20_000  # characters of one expression: parsing takes a microsecond or two for each
 
 _CHARACTERS = {_codes.LITERAL, _codes.NOT_LITERAL, _codes.ANY, _codes.IN}

@@ -8,7 +8,7 @@ choices of names as `exact` writes them, are looked up; anything else is matched
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from veneer.adapter.expressions import Expression, TooCostly, Work
@@ -17,7 +17,9 @@ __all__ = ["TooCostly", "exact", "matched", "named", "resolve"]
 
 Value = TypeVar("Value")
 
-_NAME = re.compile(r"(?:[A-Za-z0-9_-]|\\[.-])+")  # a name as `re.escape` writes it; one way to match, so always fast
+_NAME = re.compile(r"(?:[A-Za-z0-9_.-]|\\[.-])+")  # a name, or as `re.escape` writes it; one way to match: always fast
+_ANY = "\n"  # no module has it in its name
+_Names = dict[tuple[int, ...], dict[str, int]]  # where anything may stand -> name -> index of the first such key
 
 
 def resolve(patterns: Mapping[str, Value], modules: Sequence[str], default: Value) -> dict[str, Value]:
@@ -68,22 +70,22 @@ class _Patterns:
     """Pattern keys in their order; one allowance of work for all of them. Raises TooCostly."""
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self.wholes: dict[str, int] = {}  # name -> index of the first key that means it and nothing else
-        self.ends: dict[str, int] = {}  # name -> index of the first key that means it and all that ends in it
+        self.work = Work()
+        self.wholes: _Names = {}  # those that mean one path
+        self.ends: _Names = {}  # those that mean all paths that end so
         self.expressions: list[tuple[int, Expression]] = []
-        work = Work()
         for index, key in enumerate(keys):
             is_whole, names = _names(key)
             if not names:
-                self.expressions.append((index, Expression(key, work)))
+                self.expressions.append((index, Expression(key, self.work)))
             for name in names:
-                (self.wholes if is_whole else self.ends).setdefault(name, index)
+                any_at = tuple(at for at, char in enumerate(name) if char == _ANY)
+                (self.wholes if is_whole else self.ends).setdefault(any_at, {}).setdefault(name, index)
 
     def first(self, module: str) -> int | None:
         """The index of the first key that matches the module."""
         ends = _ends(module)
-        known = [self.ends[end] for end in ends if end in self.ends]
-        known += [self.wholes[module]] if module in self.wholes else []
+        known = [*self._known(self.wholes, module), *(index for end in ends for index in self._known(self.ends, end))]
         starts = [len(module) - len(end) for end in ends]
         for index, expression in self.expressions:
             if known and index > min(known):
@@ -91,6 +93,17 @@ class _Patterns:
             if expression.matches(module, starts):
                 return index
         return min(known, default=None)
+
+    def _known(self, names: _Names, text: str) -> Iterator[int]:
+        """The indices of the keys that are this text, but for the places where anything may stand."""
+        self.work.spend(len(names), text)
+        for any_at, indices in names.items():
+            if not any_at or any_at[-1] < len(text):
+                chars = list(text)
+                for at in any_at:
+                    chars[at] = _ANY
+                if (index := indices.get("".join(chars))) is not None:
+                    yield index
 
 
 def _ends(module: str) -> list[str]:
@@ -100,10 +113,14 @@ def _ends(module: str) -> list[str]:
 
 
 def _names(key: str) -> tuple[bool, list[str]]:
-    """Whether the key means whole paths only, and the names that it consists of; none where it is more."""
+    """Whether the key means whole paths only, and the names that it consists of; none where it is more than that.
+
+    A bare dot stands for any character: it becomes _ANY.
+    """
     body = key.removeprefix("^")
     is_group = body.startswith("(?:") and body.endswith(")")
     names = (body[3:-1] if is_group else body).split("|")
     if not all(_NAME.fullmatch(name) for name in names) or (body != key and len(names) > 1 and not is_group):
         return False, []  # `^a|b` means `^a` or any end in b
-    return body != key, [name.replace("\\", "") for name in names]
+    bare = [name.replace("\\.", "\\").replace(".", _ANY).replace("\\-", "-").replace("\\", ".") for name in names]
+    return body != key, bare

@@ -115,8 +115,8 @@ def _malformed(config: Mapping[str, Any]) -> list[str]:
     faults = []
     for key in ("base_model_name_or_path", "target_modules", "exclude_modules"):
         value = config.get(key)
-        values = value if isinstance(value, list) and key != "base_model_name_or_path" else [value or ""]
-        if not all(isinstance(item, str) for item in values):
+        values = value if isinstance(value, list) and key != "base_model_name_or_path" else [value]
+        if value is not None and not all(isinstance(item, str) for item in values):
             faults.append(f"{key}: got {value!r:.80}, wanted text")
     if config.get("use_rslora") not in (True, False, None):
         faults.append(f"use_rslora: got {config['use_rslora']!r:.80}, wanted true or false")
