@@ -1,11 +1,11 @@
-# make demo | test | check | bench | bench-gpu: each sets up what it needs in .venv first, from python3 and pip alone.
+# make demo | test | check | fuzz | bench | bench-gpu: each sets up what it needs in .venv first, from python3 and pip alone.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench bench-gpu map clean
+.PHONY: demo test check fuzz bench bench-gpu map clean
 
 demo: $(VENV)/demo
 	$(BIN)/veneer demo
@@ -19,6 +19,12 @@ check: $(VENV)/test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_imports.py
 	$(BIN)/python tools/map.py --check
+
+# Damaged adapter folders, options files and data files, other ones each time; EXAMPLES of each, about 20 a second.
+EXAMPLES ?= 10000
+fuzz: $(VENV)/test
+	VENEER_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest -q -k fuzz tests/adapter/test_fuzz.py tests/config/test_fuzz.py \
+		tests/data/test_fuzz.py --hypothesis-show-statistics
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.cpu_train

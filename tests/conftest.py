@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The first call of a law often compiles or loads something; the same examples on every machine and every run.
 settings.register_profile("veneer", deadline=None, derandomize=True)
-settings.load_profile("veneer")
+# `make fuzz`: other examples each time, and as many as VENEER_FUZZ says.
+settings.register_profile("fuzz", deadline=None, max_examples=int(os.environ.get("VENEER_FUZZ") or 100))
+settings.load_profile("fuzz" if os.environ.get("VENEER_FUZZ") else "veneer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -75,7 +75,11 @@ def model(stub: Stub) -> Model:
         def __init__(self, folder: str) -> None:
             self.folder = folder
             training = {"options": {"system_prompt": "as trained"}} if "prompted" in folder else {}
-            self.card = types.SimpleNamespace(base_name=None if "nameless" in folder else "smollm2", training=training)
+            base_name, prompt = (
+                None if "nameless" in folder else "smollm2",
+                training.get("options", {}).get("system_prompt"),
+            )
+            self.card = types.SimpleNamespace(base_name=base_name, training=training, system_prompt=prompt)
 
         load = classmethod(lambda cls, folder: cls(folder))
 

@@ -307,3 +307,67 @@ def test_an_error_of_ours_is_not_taken_for_theirs(made):
     """A bug in veneer must not be reported as an unknown model."""
     with mock.patch.object(loading, "swap_norms", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):
         load(str(made))
+
+
+def config_with(**changes):
+    def edit(folder: Path) -> None:
+        whole = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(whole | changes))
+
+    return edit
+
+
+def written(name: str, raw: bytes):
+    return lambda folder: (folder / name).write_bytes(raw)
+
+
+INDEX = "model.safetensors.index.json"
+HOSTILE = {
+    "config 100,000 deep": written("config.json", b"[" * 100_000),
+    "config that is a list": written("config.json", b"[]"),
+    "config in bad UTF-8": written("config.json", b'{"model_type": "\xff"}'),
+    "width -1": config_with(hidden_size=-1),
+    "width as text": config_with(hidden_size="32"),
+    "width of 2^62": config_with(hidden_size=2**62),
+    "no heads": config_with(num_attention_heads=0),
+    "family that is no text": config_with(model_type=["llama"]),
+    "weights of 0 bytes": written("model.safetensors", b""),
+    "weights with a header of 2^62": written("model.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+    "weights that are a pickle": written("model.safetensors", pickle.dumps({})),
+    "tokenizer 100,000 deep": written("tokenizer.json", b"[" * 100_000),
+    "shards that lead out of the folder": lambda folder: (
+        (folder / "model.safetensors").rename(folder.parent / "out.safetensors"),
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "../out.safetensors"}})),
+    ),
+    "shards 100,000 deep": lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        (folder / INDEX).write_bytes(b"[" * 100_000),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_hostile_folder_is_refused(folder, fault):
+    HOSTILE[fault](folder)
+    started = time.monotonic()
+    refused(folder)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"GGUF", b"GGUF" + b"\xff" * 200, b"GGUF\x03\0\0\0" + b"\0" * 16, b"\x80\x04" * 40]
+)
+def test_hostile_gguf_is_refused(tmp_path, raw):
+    (tmp_path / "model.gguf").write_bytes(raw)
+    refused(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_hostile_code_beside_a_known_family_is_never_run(folder, file):
+    told = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    whole = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(whole | {"auto_map": told}))
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    with mock.patch("builtins.input", side_effect=AssertionError("asked on the terminal")):
+        load(str(folder), check=False)
+    assert not (folder / "ran").exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
+from veneer.adapter.files import escaped
 from veneer.adapter.verify import check_base
 from veneer.bases.base import Base
 from veneer.bases.transposed import Transposed
@@ -34,6 +36,10 @@ from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
 from veneer.model.swap import base_of, check_adaptable, leaf_at, linear_paths, unswap
 from veneer.model.text import text_modules
+
+# Told in reports, and fit to name a file on any system: no look-alikes, no paths, nothing that ends a line of a log.
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_RESERVED = {"base", "con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 
 
 def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "default", *, seed: int = 0) -> nn.Module:
@@ -86,11 +92,12 @@ def storage_note(adapter: Adapter, storage: str, name: str) -> str | None:
 
     Never a fault: the weights are those of the same files, to the rounding of either storage.
     """
-    kind, trained = storage.split()[0], (adapter.card.storage or storage).split()[0]
+    recorded = adapter.card.storage or storage
+    kind, trained = storage.split()[0], recorded.split()[0] if recorded.strip() else ""
     if kind == trained:
         return None
     switches = SWITCHES.get(trained, "no storage option")
-    told = f"{name} was trained on a base stored as {adapter.card.storage}, this one is {storage}"
+    told = f"{name} was trained on a base stored as {escaped(recorded, 40)}, this one is {storage}"
     return f"{told}: answers can differ a little ({switches} loads the base as it was)"
 
 
@@ -265,9 +272,17 @@ def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
     return {path: method.from_tensors(adapter.of(path), scales.get(path, 1.0), dropout) for path in adapter.modules()}
 
 
+def is_name(name: str) -> bool:
+    """Whether an adapter can be attached under this name."""
+    return bool(_NAME.fullmatch(name)) and not hasattr(nn.ModuleDict, name) and name.lower() not in _RESERVED
+
+
 def _check_name(model: nn.Module, name: str) -> None:
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ConfigError(f"an adapter's name must not be empty, hold a dot, or be a method of a dict, got {name!r}")
+    if not is_name(name):
+        raise ConfigError(
+            "an adapter's name is 1 to 64 of the letters a-z, A-Z, 0-9, _ and -, and not 'base', a method of a dict, "
+            f"or a device of Windows; got {name!r:.80}"
+        )
     if name in wiring_of(model).slots:
         raise AdapterError(
             f"a slot named {name!r} is attached already; next: veneer.detach(model, {name!r}), or another name"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.faults import json_faults, method_faults, module_faults, tensor_faults
-from veneer.adapter.files import Unreadable, parse_object, read_whole, write_folder
+from veneer.adapter.files import Unreadable, escaped, parse_object, read_whole, write_folder
 from veneer.adapter.formats import JSON_LIMIT, PeftFolder, read_peft, write_peft
 from veneer.errors import AdapterError, ModelError, listed
 from veneer.methods import method_class
@@ -30,6 +30,7 @@ from veneer.model.fingerprint import Fingerprint
 CARD = "veneer.json"
 FORMAT = 1
 Made = TypeVar("Made")
+_FAULTS = 40  # told one by one
 
 # Settings that leave no trace in the forward once training is over: ranks and scale are in the tensors.
 # Every other setting counts, so that a new method's settings are part of its identity unless named here.
@@ -76,6 +77,11 @@ class Card:
         object.__setattr__(self, "ranks", dict(sorted(self.ranks.items())))
         object.__setattr__(self, "parents", tuple(self.parents))
 
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt of training, None where there was none."""
+        return self.training.get("options", {}).get("system_prompt")
+
     def to_json(self) -> dict[str, Any]:
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {**found, "base": self.base and self.base.to_json(), "parents": list(self.parents)}
@@ -84,10 +90,10 @@ class Card:
     def from_json(cls, value: Mapping[str, Any]) -> Card:
         """The inverse of `to_json`. Raises AdapterError with every key that is missing, unknown or of another type."""
         if value.get("format") != FORMAT:
-            writer = f"veneer {value.get('veneer_version') or 'of an unknown version'}"
+            writer = escaped(str(value.get("veneer_version") or "of an unknown version"), 40)
             raise AdapterError(
                 f"{CARD}: got format {value.get('format')!r:.80}, wanted {FORMAT}. "
-                f"Written by {writer:.40}; use that one."
+                f"Written by veneer {writer}; use that one."
             )
         needed = [entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
         faults = json_faults(value, {entry.name: str(entry.type) for entry in fields(cls)}, needed)
@@ -96,6 +102,9 @@ class Card:
             base = None if base is None else Fingerprint.from_json(base)
         except ModelError as error:
             faults.append(f"base: {error}")
+        options = value.get("training", {}).get("options", {}) if not faults else {}
+        if not isinstance(options, dict) or not isinstance(options.get("system_prompt"), (str, type(None))):
+            faults.append("training.options: wanted an object whose system_prompt, if any, is text")
         if faults:
             next_step = "Restore it, or delete it to load without a card."
             raise AdapterError(listed(f"{CARD} is not understood:", faults, next_step))
@@ -158,9 +167,10 @@ class Adapter:
         """
         path = Path(folder)
         faults: list[str] = []
-        if not path.is_dir():
+        shown = escaped(str(path), 4096)
+        if not os.path.isdir(path):  # unlike Path's, False for names that the system cannot have
             wanted = "Wanted a folder with adapter_config.json and adapter_model.safetensors."
-            raise AdapterError(f"{path}: {'a file' if path.exists() else 'no such folder'}. {wanted}")
+            raise AdapterError(f"{shown}: {'a file' if os.path.exists(path) else 'no such folder'}. {wanted}")
         peft = read_peft(path, faults)
         about = _read_card(path, faults)
         identity = about.pop("identity", None) if about is not None else None
@@ -171,7 +181,8 @@ class Adapter:
                 f"changed or damaged. If that was on purpose, delete {CARD}; it then loads as 'base unverified'"
             )
         if faults or adapter is None:
-            raise AdapterError(listed(f"{path} cannot be loaded:", faults, "Nothing was loaded."))
+            more = [f"{len(faults) - _FAULTS} more faults"] if len(faults) > _FAULTS else []
+            raise AdapterError(listed(f"{shown} cannot be loaded:", faults[:_FAULTS] + more, "Nothing was loaded."))
         return adapter
 
     @classmethod

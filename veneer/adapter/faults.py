@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer.methods import METHODS
 
-MODULE = re.compile(
-    r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*"
-)  # a module path; nothing that could reach a log or a file name
+SHOWN = 8  # places named in one fault; the rest is counted
+LONGEST = 512  # characters of a module path
+_MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
-def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = 8) -> None:
+def is_module(path: str) -> bool:
+    """Whether a text can be a module's path: of the letters of code, so that it can stand in a log."""
+    return len(path) <= LONGEST and bool(_MODULE.fullmatch(path))
+
+
+def add_fault(faults: list[str], what: str, where: Sequence[str], shown: int = SHOWN) -> None:
     """Append one fault for all the places that share it, if there are any."""
     if where:
         more = f" and {len(where) - shown} more" if len(where) > shown else ""
@@ -38,6 +46,11 @@ def finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
+def overflows(a: Tensor, b: Tensor) -> bool:
+    """Whether the largest values could add up to more than float32 holds: no update is that large."""
+    return a.abs().max().item() * b.abs().max().item() * len(a) > _FLOAT32_MAX
+
+
 def method_faults(method: str) -> list[str]:
     """Whether a card's method is one that we have."""
     if method in METHODS:
@@ -49,7 +62,7 @@ def tensor_faults(tensors: Mapping[str, Tensor], kinds: Sequence[str] = ("a", "b
     """Faults of an adapter's tensors: names, missing ones of those kinds, shapes, types, values."""
     faults: list[str] = []
     parts = {name: name.rpartition(".") for name in tensors}
-    odd = [name for name, (module, _, kind) in parts.items() if kind not in kinds or not MODULE.fullmatch(module)]
+    odd = [name for name, (module, _, kind) in parts.items() if kind not in kinds or not is_module(module)]
     found = {module for name, (module, _, _) in parts.items() if name not in odd}
     whole = sorted(module for module in found if all(f"{module}.{kind}" in tensors for kind in kinds))
     shapes = {module: [tensors[f"{module}.{kind}"] for kind in kinds] for module in whole}
@@ -65,6 +78,8 @@ def tensor_faults(tensors: Mapping[str, Tensor], kinds: Sequence[str] = ("a", "b
     add_fault(faults, f"shapes do not chain (wanted {told})", unchained)
     add_fault(faults, "not floating point", [n for n, t in tensors.items() if not t.is_floating_point()])
     add_fault(faults, "NaN or infinite values", [n for n, t in tensors.items() if not finite(t)])
+    huge = [m for m, (a, b, *_) in shapes.items() if chains(a, b) and finite(a) and finite(b) and overflows(a, b)]
+    add_fault(faults, "values so large that b @ a can overflow float32", huge)
     return faults if tensors else ["no tensors"]
 
 
@@ -103,7 +118,7 @@ def _is(kind: str, value: Any) -> bool:
     if kind == "tuple[str, ...]":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if kind == "float":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind == "int":
         return isinstance(value, int) and not isinstance(value, bool)
     return kind == "Any" or isinstance(value, str if kind == "str" else dict)

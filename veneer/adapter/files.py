@@ -7,47 +7,103 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_READ = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_NOFOLLOW"))
+_VALUES = 5_000_000  # of one JSON file
+_DEPTH = 64
 
 
 class Unreadable(Exception):
     """Why one file cannot be used; becomes a line of the caller's message."""
 
 
-def read_whole(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes. Raises Unreadable.
+@contextmanager
+def opened(path: Path, limit: int) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file of at most `limit` bytes, and its size. Raises Unreadable.
 
-    Opened once, so that what was checked is what is used; without blocking, so that a pipe in its place cannot hang.
+    Opened once, so that what was checked is what is used, even if another file takes its name; without blocking, so
+    that a pipe in its place cannot hang; and where a link leads out of the folder, not at all.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(_followed(path), _READ)
     except FileNotFoundError:
         raise Unreadable(f"{path.name}: missing") from None
     except OSError as error:
         raise Unreadable(f"{path.name}: cannot be opened ({error.strerror})") from error
     try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable(f"{path.name}: not a regular file")
-        if status.st_size > limit:
-            raise Unreadable(f"{path.name}: {status.st_size} bytes, at most {limit} are read")
+        size = _regular(os.fstat(handle), path.name, limit)
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read()
+            yield file, size
+    except OSError as error:
+        raise Unreadable(f"{path.name}: cannot be read ({error.strerror})") from error
     finally:
         os.close(handle)
 
 
+def _regular(status: os.stat_result, name: str, limit: int) -> int:
+    """The size of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreadable(f"{name}: not a regular file")
+    if status.st_size > limit:
+        raise Unreadable(f"{name}: {status.st_size} bytes, at most {limit} are read")
+    return status.st_size
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes. Raises Unreadable."""
+    with opened(path, limit) as (file, size):
+        return file.read(size)  # and no more, should it grow meanwhile
+
+
+def _followed(path: Path) -> str:
+    """Where a link inside the folder leads: another file there, or a blob of the hub's cache of links."""
+    if not path.is_symlink():
+        return str(path)
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    homes = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
+    if not any(home in target.parents for home in homes):
+        raise Unreadable(f"{path.name}: a link out of the folder, to {str(target)!r:.200}; copy the file itself here")
+    return str(target)
+
+
 def parse_object(raw: bytes, name: str) -> dict[str, Any]:
-    """A JSON object without NaN, infinity or repeated keys. Raises Unreadable."""
+    """A JSON object without NaN, infinity or repeated keys, of a size that fits into memory. Raises Unreadable.
+
+    A byte of JSON can become 30 of memory (an empty list in a list), so values are counted before they are made.
+    """
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > _VALUES:
+        raise Unreadable(f"{name}: more than {_VALUES} values")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{name}: not JSON ({error})") from error
+        raise Unreadable(f"{name}: not JSON ({escaped(str(error))})") from error
     if not isinstance(value, dict):
         raise Unreadable(f"{name}: got a JSON {type(value).__name__}, wanted an object")
+    if not _is_shallow(value):
+        raise Unreadable(f"{name}: lists or objects nested more than {_DEPTH} deep")
     return value
+
+
+def escaped(text: str, shown: int = 200) -> str:
+    """Text of somebody else's on one line of a message, short: line ends and terminal codes become visible."""
+    cut = text if len(text) <= shown else f"{text[:shown]}..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether nothing is nested deeper than functions that call themselves can follow."""
+    level = [value]
+    for _ in range(_DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [item for items in inner for item in items]
+        if not level:
+            return True
+    return False
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -107,8 +163,9 @@ def sync(path: Path) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"repeated keys: {', '.join(sorted({repr(key) for key in keys if keys.count(key) > 1}))}")
+        counts = Counter(key for key, _ in pairs)
+        repeated = sorted(f"{key!r:.80}" for key, count in counts.items() if count > 1)
+        raise ValueError(f"repeated keys: {', '.join(repeated[:8])}")
     return found
 
 

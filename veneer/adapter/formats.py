@@ -55,6 +55,8 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     modules = {module: _folded(held, scales.get(module, 1.0)) for module, held in stored.items()}
     lost = [m for m in stored if any(finite(stored[m][kind]) and not finite(modules[m][kind]) for kind in stored[m])]
     add_fault(faults, "values overflow once the scale is folded in", lost)
+    gone = [module for module in stored if stored[module]["b"].any() and not modules[module]["b"].any()]
+    add_fault(faults, "values vanish once the scale is folded in", gone)
     if len(faults) > before:
         return None
     settings = {key: config[key] for key in peft_config.RECORDED if key in config}

@@ -1,32 +1,25 @@
 """PEFT's patterns: which rank and alpha a module has, which modules a target names.
 
 A pattern key is a regular expression that must match the end of a module path, at a dot. It comes from a file that
-somebody else wrote, and `(a+)+b` can keep Python's matcher busy for ever; so the number of ways in which a pattern
-can match is bounded before it is used.
+somebody else wrote, and `(a+)+b` can keep Python's matcher busy for ever; so patterns never reach it. Names, and
+choices of names as `exact` writes them, are looked up; anything else is matched by `veneer.adapter.expressions`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
-try:
-    from re import _constants as _codes  # type: ignore[attr-defined]
-    from re import _parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_constants as _codes
-    import sre_parse as _parser
+from veneer.adapter.expressions import Expression, TooCostly, Work
+
+__all__ = ["TooCostly", "exact", "matched", "named", "resolve"]
 
 Value = TypeVar("Value")
 
-WORK = 100_000_000  # ways to match, over all modules
-_LONGEST = 5_000_000  # characters
-_SINGLE = {_codes.LITERAL, _codes.NOT_LITERAL, _codes.ANY, _codes.IN, _codes.AT}
-
-
-class TooCostly(ValueError):
-    """A pattern that is not a regular expression, or could take too long to match."""
+_NAME = re.compile(r"(?:[A-Za-z0-9_.-]|\\[.-])+")  # a name, or as `re.escape` writes it; one way to match: always fast
+_ANY = "\n"  # no module has it in its name
+_Names = dict[tuple[int, ...], dict[str, int]]  # where anything may stand -> name -> index of the first such key
 
 
 def resolve(patterns: Mapping[str, Value], modules: Sequence[str], default: Value) -> dict[str, Value]:
@@ -34,11 +27,9 @@ def resolve(patterns: Mapping[str, Value], modules: Sequence[str], default: Valu
 
     Raises TooCostly.
     """
-    _check(list(patterns), modules)
-    compiled = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
-    return {
-        module: next((value for pattern, value in compiled if pattern.match(module)), default) for module in modules
-    }
+    found, values = _Patterns(list(patterns)), list(patterns.values())
+    first = {module: found.first(module) for module in modules}
+    return {module: default if index is None else values[index] for module, index in first.items()}
 
 
 def exact(modules: Sequence[str]) -> str:
@@ -57,10 +48,10 @@ def named(targets: str | Sequence[str], modules: Sequence[str]) -> list[str]:
     Raises TooCostly.
     """
     if isinstance(targets, str):
-        _check([targets], modules)
-        return [module for module in modules if re.fullmatch(targets, module)]
-    ends = tuple(f".{target}" for target in targets)
-    return [module for module in modules if module in targets or module.endswith(ends)]
+        expression = Expression(targets, Work())
+        return [module for module in modules if expression.matches(module, [0])]
+    wanted = set(targets)
+    return [module for module in modules if not wanted.isdisjoint(_ends(module))]
 
 
 def matched(pattern: str, modules: Sequence[str]) -> list[str]:
@@ -71,50 +62,65 @@ def matched(pattern: str, modules: Sequence[str]) -> list[str]:
     literal = [module for module in modules if module == pattern or module.endswith(f".{pattern}")]
     if literal:
         return literal
-    _check([pattern], modules)
-    expression = re.compile(rf"(.*\.)?({pattern})$")
-    return [module for module in modules if expression.match(module)]
+    found = _Patterns([pattern])
+    return [module for module in modules if found.first(module) is not None]
 
 
-def _check(patterns: Sequence[str], modules: Sequence[str]) -> None:
-    """Raise TooCostly for the patterns that are no expressions or together could exceed WORK."""
-    longest = max(map(len, modules), default=0)
-    ways = 0
-    for pattern in patterns:
-        if len(pattern) > _LONGEST:
-            raise TooCostly(f"a pattern of {len(pattern)} characters")
-        try:
-            ways += _ways(_parser.parse(pattern), longest)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise TooCostly(f"{pattern[:80]!r} is not a regular expression that is understood ({error})") from error
-        if ways * len(modules) > WORK:
-            raise TooCostly(f"{pattern[:80]!r} could take too long to match")
+class _Patterns:
+    """Pattern keys in their order; one allowance of work for all of them. Raises TooCostly."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self.work = Work()
+        self.wholes: _Names = {}  # those that mean one path
+        self.ends: _Names = {}  # those that mean all paths that end so
+        self.expressions: list[tuple[int, Expression]] = []
+        for index, key in enumerate(keys):
+            is_whole, names = _names(key)
+            if not names:
+                self.expressions.append((index, Expression(key, self.work)))
+            for name in names:
+                any_at = tuple(at for at, char in enumerate(name) if char == _ANY)
+                (self.wholes if is_whole else self.ends).setdefault(any_at, {}).setdefault(name, index)
+
+    def first(self, module: str) -> int | None:
+        """The index of the first key that matches the module."""
+        ends = _ends(module)
+        known = [*self._known(self.wholes, module), *(index for end in ends for index in self._known(self.ends, end))]
+        starts = [len(module) - len(end) for end in ends]
+        for index, expression in self.expressions:
+            if known and index > min(known):
+                break
+            if expression.matches(module, starts):
+                return index
+        return min(known, default=None)
+
+    def _known(self, names: _Names, text: str) -> Iterator[int]:
+        """The indices of the keys that are this text, but for the places where anything may stand."""
+        self.work.spend(len(names), text)
+        for any_at, indices in names.items():
+            if not any_at or any_at[-1] < len(text):
+                chars = list(text)
+                for at in any_at:
+                    chars[at] = _ANY
+                if (index := indices.get("".join(chars))) is not None:
+                    yield index
 
 
-def _ways(expression: Any, longest: int) -> int:
-    """An upper bound of the ways in which an expression can match names of up to `longest` characters."""
-    ways = 1
-    for code, argument in expression:
-        if code in _SINGLE:
-            continue
-        if code is _codes.BRANCH:
-            ways *= sum(_ways(branch, longest) for branch in argument[1])
-        elif code is _codes.SUBPATTERN:
-            ways *= _ways(argument[-1], longest)
-        elif code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
-            low, high, body = argument
-            ways *= _ways_of_repeat(low, int(high), body, longest)
-        else:
-            raise re.error(f"{code} is not accepted")
-        ways = min(ways, WORK + 1)  # keeps the integers small
-    return ways
+def _ends(module: str) -> list[str]:
+    """The path and what follows each of its dots."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _ways_of_repeat(low: int, high: int, body: Any, longest: int) -> int:
-    once = _ways(body, longest)
-    times = range(min(low, longest), min(high, longest) + 1)
-    if body.getwidth()[0] == 0 and len(times) > 1 and high > 1:
-        once += 1  # a body that may be empty
-    if once > 1 and times.stop > 64:
-        return WORK + 1
-    return sum(once**count for count in times)
+def _names(key: str) -> tuple[bool, list[str]]:
+    """Whether the key means whole paths only, and the names that it consists of; none where it is more than that.
+
+    A bare dot stands for any character: it becomes _ANY.
+    """
+    body = key.removeprefix("^")
+    is_group = body.startswith("(?:") and body.endswith(")")
+    names = (body[3:-1] if is_group else body).split("|")
+    if not all(_NAME.fullmatch(name) for name in names) or (body != key and len(names) > 1 and not is_group):
+        return False, []  # `^a|b` means `^a` or any end in b
+    bare = [name.replace("\\.", "\\").replace(".", _ANY).replace("\\-", "-").replace("\\", ".") for name in names]
+    return body != key, bare

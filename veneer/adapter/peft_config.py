@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from veneer.adapter.faults import add_fault
+from veneer.adapter.faults import SHOWN, add_fault
 from veneer.adapter.patterns import TooCostly, exact, resolve
 from veneer.errors import nearest
 
@@ -136,8 +136,8 @@ def _malformed(config: Mapping[str, Any]) -> list[str]:
     faults = []
     for key in ("base_model_name_or_path", "target_modules", "exclude_modules"):
         value = config.get(key)
-        values = value if isinstance(value, list) and key != "base_model_name_or_path" else [value or ""]
-        if not all(isinstance(item, str) for item in values):
+        values = value if isinstance(value, list) and key != "base_model_name_or_path" else [value]
+        if value is not None and not all(isinstance(item, str) for item in values):
             faults.append(f"{key}: got {value!r:.80}, wanted text")
     if config.get("use_rslora") not in (True, False, None):
         faults.append(f"use_rslora: got {config['use_rslora']!r:.80}, wanted true or false")
@@ -151,12 +151,14 @@ def _strangers(config: Mapping[str, Any]) -> list[str]:
     """Settings we do not know, unless empty: a later PEFT writes its new ones even where they are off."""
     known = _HARMLESS | _READ | _REFUSED.keys()
     strangers = [key for key in config if key not in known and config[key]]
-    guesses = {key: nearest(key, known, 1) for key in strangers}
-    return [
-        f"{key!r:.80}: not a known setting of LoRA, it might change the result"
-        + (f"; did you mean {guesses[key][0]!r}?" if guesses[key] else "")
-        for key in strangers
-    ]
+    rest = len(strangers) - SHOWN
+    return [_stranger(key, known) for key in strangers[:SHOWN]] + ([f"{rest} more such settings"] if rest > 0 else [])
+
+
+def _stranger(key: str, known: Iterable[str]) -> str:
+    near = nearest(key, known, 1) if len(key) < 40 else []  # difflib takes long over long texts
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key!r:.80}: not a known setting of LoRA, it might change the result{hint}"
 
 
 def _resolved(

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from veneer.adapter.faults import MODULE, add_fault, chains, finite
-from veneer.adapter.files import Unreadable, parse_object, read_whole
+from veneer.adapter.faults import add_fault, chains, finite, is_module
+from veneer.adapter.files import Unreadable
+from veneer.adapter.weights import read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_LIMIT = 64 * 2**30  # bytes
-_DTYPES = ("F32", "F16", "BF16", "F64")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # PEFT's names -> ours; beside the factors, the vectors of the methods that have one
 VECTORS = {"lora_magnitude_vector": "m", "lora_B.bias": "c", "base_layer.bias": "o"}
 KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", **VECTORS}
+_ENDS = (".lora_A.weight", ".lora_B.weight")
 _FOREIGN_KEYS = {
     "lora_embedding_": "an adapted embedding",
     "modules_to_save": "modules_to_save",
@@ -36,7 +35,7 @@ def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]
     for key, tensor in _read_tensors(folder, faults).items():
         name = next((name for name in KINDS if key.endswith(f".{name}")), "")
         module = key.removesuffix(f".{name}").removeprefix(PREFIX) if name and key.startswith(PREFIX) else ""
-        if MODULE.fullmatch(module):
+        if is_module(module):
             found.setdefault(module, {})[KINDS[name]] = tensor
         else:
             strangers.append(_stranger(key))
@@ -60,40 +59,25 @@ def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]
 
 def _stranger(key: str) -> str:
     kinds = [kind for part, kind in _FOREIGN_KEYS.items() if part in key]
+    if key.endswith(_ENDS) and not key.startswith(PREFIX):
+        kinds.append(f"no {PREFIX!r} before it")
+    elif not key.endswith(_ENDS) and key.lower().endswith(tuple(map(str.lower, _ENDS))):
+        kinds.append("letters of another case")
     return f"{key!r:.200}" + (f" ({kinds[0]})" if kinds else "")
 
 
 def _read_tensors(folder: Path, faults: list[str]) -> dict[str, Tensor]:
-    pickles = [name for name in _PICKLES if (folder / name).exists()]
-    if pickles and not (folder / WEIGHTS).exists():
+    pickles = [name for name in _PICKLES if os.path.lexists(folder / name)]
+    if pickles and not os.path.lexists(folder / WEIGHTS):
         faults.append(f"{pickles[0]}: a pickle can run any code and is never opened; save it as {WEIGHTS}")
         return {}
     try:
-        raw = read_whole(folder / WEIGHTS, _LIMIT)
-        if raw[:2] in (b"\x80\x02", b"\x80\x04", b"PK"):
-            raise Unreadable(f"{WEIGHTS}: a pickle under another name; it can run any code and is never opened")
-        tensors = safetensors.torch.load(raw) if _check_header(raw, faults) else {}
+        tensors = read_tensors(folder / WEIGHTS, faults)
     except Unreadable as error:
         faults.append(str(error))
-        return {}
-    except (SafetensorError, KeyError, RuntimeError, ValueError, OverflowError) as error:
-        faults.append(f"{WEIGHTS}: broken or truncated ({error})")
         return {}
     tensors = {key: tensor.to(torch.float32) for key, tensor in tensors.items()}
     add_fault(faults, "NaN or infinite values", [f"{key!r:.200}" for key, t in tensors.items() if not finite(t)])
     if not tensors and not faults:
         faults.append(f"{WEIGHTS}: no tensors")
     return tensors
-
-
-def _check_header(raw: bytes, faults: list[str]) -> bool:
-    """Find what safetensors accepts and we do not: repeated keys, other types, empty tensors. True if all is well."""
-    safetensors.deserialize(raw)  # lengths, offsets and overlaps
-    header = parse_object(raw[8 : 8 + int.from_bytes(raw[:8], "little")], f"{WEIGHTS} (header)")
-    header.pop("__metadata__", None)
-    entries = {f"{key!r:.200}": entry for key, entry in header.items()}
-    typed = [f"{key} ({entry['dtype']})" for key, entry in entries.items() if entry["dtype"] not in _DTYPES]
-    empty = [f"{key} {entry['shape']}" for key, entry in entries.items() if 0 in entry["shape"]]
-    add_fault(faults, f"types of numbers that are not read (wanted {', '.join(_DTYPES)})", typed)
-    add_fault(faults, "empty tensors", empty)
-    return not typed and not empty

@@ -6,7 +6,7 @@ Legend: I in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -87,9 +87,22 @@ def _unfit(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> list[str]:
         adapter_OI = (len(b_OR), a_RI.shape[1])
         if shapes.get(module, adapter_OI) != adapter_OI:
             wrong.append(f"{module} (adapter {list(adapter_OI)}, model {list(shapes[module])})")
-    add_fault(faults, "linear layers that the model lacks", [m for m in adapter.modules() if m not in shapes])
+    lacking = [m for m in adapter.modules() if m not in shapes]
+    add_fault(faults, "linear layers that the model lacks", lacking)
+    if lacking and (alike := _alike(lacking[0], shapes)):
+        faults.append(f"the model calls {lacking[0]} {alike}: an adapter of the same family saved under other names")
     add_fault(faults, "layers of another shape [out, in]", wrong)
     return faults
+
+
+def _alike(module: str, paths: Iterable[str]) -> str | None:
+    """The path that differs in a prefix such as `language_model.`, in such a part, or in capitals alone."""
+    known = {_bare(path): path for path in paths}
+    return known.get(_bare(module))
+
+
+def _bare(path: str) -> str:
+    return ".".join(part for part in path.lower().split(".") if part not in ("model", "language_model", "base_model"))
 
 
 def _uncovered(adapter: Adapter, linears: Sequence[str], notes: list[str]) -> list[str]:

@@ -24,10 +24,15 @@ def base_of(base_model: str | None, folders: Sequence[str]) -> str:
     named = {folder: Adapter.load(folder).card.base_name for folder in folders}
     bases = set(named.values())
     if len(bases) == 1 and (base := bases.pop()):
-        say(f"base model: {base}, as the adapter says")
+        say(f"base model: {_plain(base)}, as the adapter says")
         return base
-    told = ", ".join(f"{folder} names {base or 'none'}" for folder, base in named.items())
+    told = ", ".join(f"{folder} names {_plain(base) if base else 'none'}" for folder, base in named.items())
     raise ConfigError(f"which base model? {told}; give --base-model")
+
+
+def _plain(text: str) -> str:
+    """Text of an adapter's file: as it is, or, where it could pass for a line of ours, as Python writes it."""
+    return text if text.isprintable() else repr(text)
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ def open_model(settings: BaseSettings, adapters: Mapping[str, str]) -> Opened:
         if note := storage_note(adapter, loaded.storage, name):
             say(f"note: {note}")
         attach(loaded.model, adapter, name=name)
-    prompts = {name: adapter.card.training.get("options", {}).get("system_prompt") for name, adapter in values.items()}
+    prompts = {name: adapter.card.system_prompt for name, adapter in values.items()}
     for name, prompt in prompts.items():
         if prompt:
-            say(f"{name} was trained with the system prompt: {prompt}")
+            say(f"{name} was trained with the system prompt: {_plain(prompt)}")
     return Opened(loaded, prompts)

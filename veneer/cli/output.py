@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Literal
 
+_CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _results: list[IO[str]] = []
 
 
@@ -39,8 +41,8 @@ def results() -> IO[str]:
 
 
 def say(text: str) -> None:
-    """A line for the person: standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person: standard error. Codes that move a terminal's cursor, which a file may hold, are shown."""
+    print(_CODES.sub(lambda code: ascii(code[0])[1:-1], text), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         options = yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}; wanted lines such as `r: 16`") from None
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:  # odd values
+        reason = f"{type(error).__name__}, {str(error)[:200]!r}"
+        raise ConfigError(f"{path} is not YAML that can be read ({reason}); wanted lines such as `r: 16`") from None
     if not isinstance(options or {}, dict):
         raise ConfigError(f"{path} holds a {type(options).__name__}; wanted a mapping of lines such as `r: 16`")
     return {str(name): value for name, value in (options or {}).items()}
@@ -57,8 +61,8 @@ def _loader() -> Any:
         """SafeLoader for which 1e-5 is a number (YAML 1.1 wants 1.0e-5) and a key may stand only once."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            twice = next((key for key in keys if keys.count(key) > 1), None)
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = next((key for key, count in keys.items() if count > 1), None)
             if twice is not None:
                 raise yaml.constructor.ConstructorError(problem=f"{twice} stands twice", problem_mark=node.start_mark)
             return super().construct_mapping(node, deep)

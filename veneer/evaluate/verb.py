@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.adapter.attach import attach, storage_note
+from veneer.adapter.attach import attach, is_name, storage_note
 from veneer.adapter.card import Adapter
 from veneer.config import EvalSettings
 from veneer.data.encode import family_of
@@ -65,9 +65,7 @@ def _fitting(settings: EvalSettings, rows: Sequence[Mapping[str, Any]]) -> list[
 
 def system_prompt(adapters: Mapping[str, Adapter]) -> str | None:
     """The system prompt that the adapters were trained with. Raises ConfigError when they differ."""
-    prompts = {
-        label: adapter.card.training.get("options", {}).get("system_prompt") for label, adapter in adapters.items()
-    }
+    prompts = {label: adapter.card.system_prompt for label, adapter in adapters.items()}
     if len(set(prompts.values())) > 1:
         told = "; ".join(f"{label}: {prompt!r}" for label, prompt in prompts.items())
         raise ConfigError(
@@ -80,8 +78,8 @@ def _labels(folders: list[str]) -> dict[str, str]:
     """One adapter is called 'adapter', several by their folders' names."""
     if len(folders) == 1:
         return {"adapter": folders[0]}
-    names = [re.sub(r"\W", "_", Path(folder).resolve().name) for folder in folders]
+    names = [re.sub(r"[^A-Za-z0-9_-]", "_", Path(folder).resolve().name)[:50] for folder in folders]
     unique = [
-        name if names.count(name) == 1 and name != "base" else f"{name}_{i}" for i, name in enumerate(names, start=1)
+        name if names.count(name) == 1 and is_name(name) else f"{name}_{i}" for i, name in enumerate(names, start=1)
     ]
     return dict(zip(unique, folders, strict=True))

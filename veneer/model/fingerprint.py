@@ -51,7 +51,7 @@ class Fingerprint:
         names = [field.name for field in fields(cls)]
         given = value if isinstance(value, Mapping) else {}
         faults = [f"{name}: missing" for name in names if name not in given]
-        faults += [f"{name!r}: not one of {', '.join(names)}" for name in given if name not in names]
+        faults += [f"{name!r:.80}: not one of {', '.join(names)}" for name in list(given)[:8] if name not in names]
         faults += [f"{name}: got {given[name]!r:.80}" for name in names if name in given and not _is_hash(given[name])]
         if faults:
             wanted = f'Wanted an object of 64 hexadecimal digits or "{UNKNOWN}" under each of {", ".join(names)}.'

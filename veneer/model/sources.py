@@ -34,7 +34,7 @@ def _shards(index: Path) -> list[str]:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if all(Path(name).name == name for name in names):  # an index must not point out of its folder
             return names
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of shards ({type(error).__name__}: {error})") from error
     raise ModelError(f"{index}: names files outside its own folder")
 
