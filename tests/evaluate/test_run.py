@@ -11,6 +11,7 @@ import pytest
 
 from veneer.errors import ConfigError, DataError, ModelError
 from veneer.evaluate.run import Result, evaluate
+from veneer.model.likelihood import Likelihood
 
 ROWS = [{"prompt": f"{n} + 1", "completion": str(n + 1)} for n in range(20)]
 
@@ -64,11 +65,11 @@ def answering(**right):
 def likelihood(**nats):
     """nats[slot] for each target token, a little more on later rows."""
 
-    def sequence_nll(model, examples, slot):
+    def likelihoods(model, examples, slot):
         counts = [sum(example.targets) for example in examples]
-        return [(n * (nats[slot or "base"] + 0.01 * row), n) for row, n in enumerate(counts)]
+        return [Likelihood(n * (nats[slot or "base"] + 0.01 * row), n, n // 2) for row, n in enumerate(counts)]
 
-    return sequence_nll
+    return likelihoods
 
 
 def unused(*_, **__):
@@ -77,7 +78,7 @@ def unused(*_, **__):
 
 def test_text_metrics_before_and_after():
     generate = answering(base=4, default=18)
-    found = evaluate(LOADED, ROWS, metrics=["exact_match"], max_new_tokens=9, generate=generate, sequence_nll=unused)
+    found = evaluate(LOADED, ROWS, metrics=["exact_match"], max_new_tokens=9, generate=generate, likelihoods=unused)
     assert [s.score for s in found.metrics["exact_match"].values()] == [0.2, 0.9]
     difference = found.differences["exact_match"]["adapter"]
     assert difference.score == pytest.approx(0.7)
@@ -88,7 +89,7 @@ def test_text_metrics_before_and_after():
 
 
 def test_samples_hold_what_was_written_and_what_became_of_it():
-    found = evaluate(LOADED, ROWS, metrics=["exact_match"], generate=answering(base=3, default=2), sequence_nll=unused)
+    found = evaluate(LOADED, ROWS, metrics=["exact_match"], generate=answering(base=3, default=2), likelihoods=unused)
     sample = found.samples[2]
     assert (sample.prompt, sample.references) == ("2 + 1", ("3",))
     assert sample.texts == {"base": "3", "adapter": "I do not know"}
@@ -98,7 +99,7 @@ def test_samples_hold_what_was_written_and_what_became_of_it():
 
 
 def test_likelihood_metrics_generate_nothing():
-    found = evaluate(LOADED, ROWS, generate=unused, sequence_nll=likelihood(base=3.0, default=0.5))
+    found = evaluate(LOADED, ROWS, generate=unused, likelihoods=likelihood(base=3.0, default=0.5))
     assert list(found.metrics) == ["loss", "perplexity"]
     assert found.samples == ()
     loss = found.metrics["loss"]
@@ -113,7 +114,7 @@ def test_json_round_trip_and_the_promised_layout():
         ROWS,
         metrics=["exact_match", "loss"],
         generate=answering(base=1, default=19),
-        sequence_nll=likelihood(base=3.0, default=0.5),
+        likelihoods=likelihood(base=3.0, default=0.5),
         where="test.jsonl",
     )
     spelt = json.loads(json.dumps(found.to_json(), allow_nan=False))
@@ -127,7 +128,7 @@ def test_json_round_trip_and_the_promised_layout():
 @pytest.mark.parametrize("slots", [{"base": None}, {"base": None, "one": "default", "two": "second"}])
 def test_one_slot_or_three(slots):
     generate = answering(base=1, default=10, second=20)
-    found = evaluate(LOADED, ROWS, slots=slots, metrics=["accuracy"], generate=generate, sequence_nll=unused)
+    found = evaluate(LOADED, ROWS, slots=slots, metrics=["accuracy"], generate=generate, likelihoods=unused)
     spelt = found.to_json()["metrics"]["accuracy"]
     assert set(spelt) == {*slots, *(["differences"] if len(slots) == 3 else [])}
     assert list(found.differences["accuracy"]) == list(slots)[1:]
@@ -146,7 +147,7 @@ def test_system_prompt_references_and_earlier_turns_reach_the_model():
         metrics=["exact_match"],
         system_prompt="Be short.",
         generate=generate,
-        sequence_nll=unused,
+        likelihoods=unused,
     )
     prompts = generate.calls[0][-1]
     assert prompts[0] == "[system]Be short.[end][user]a[end][assistant]b[end][user]c[end][assistant]"
@@ -157,14 +158,14 @@ def test_system_prompt_references_and_earlier_turns_reach_the_model():
 @pytest.mark.parametrize("metric", ["exact_match", "loss"])
 def test_an_instruction_put_before_the_prompt_is_said(metric):
     rows = [{"instruction": "Add.", "prompt": "1 + 1", "completion": "2"}]
-    stubs = {"generate": answering(base=0), "sequence_nll": likelihood(base=1.0)}
+    stubs = {"generate": answering(base=0), "likelihoods": likelihood(base=1.0)}
     found = evaluate(LOADED, rows, slots={"base": None}, metrics=[metric], **stubs)
     assert [note for note in found.notes if "`instruction` stands before the prompt" in note]
 
 
 def test_progress_is_told():
     said = []
-    stubs = {"generate": answering(base=0, default=0), "sequence_nll": likelihood(base=1.0, default=1.0)}
+    stubs = {"generate": answering(base=0, default=0), "likelihoods": likelihood(base=1.0, default=1.0)}
     evaluate(LOADED, ROWS, metrics=["loss", "accuracy"], progress=said.append, **stubs)
     assert said == [
         "base: loss of 20 rows",
@@ -189,12 +190,12 @@ def test_progress_is_told():
 def test_bad_input_is_refused_before_any_work(change, error, words):
     arguments = {"rows": ROWS, "metrics": ["exact_match"], "where": "test.jsonl", **change}
     with pytest.raises(error, match=words):
-        evaluate(LOADED, arguments.pop("rows"), generate=unused, sequence_nll=unused, **arguments)
+        evaluate(LOADED, arguments.pop("rows"), generate=unused, likelihoods=unused, **arguments)
 
 
 def test_a_loss_that_is_no_number_names_slot_and_rows():
-    def sequence_nll(model, examples, slot):
-        return [(float("nan") if slot and row in (3, 8) else 1.0, 1) for row in range(len(examples))]
+    def likelihoods(model, examples, slot):
+        return [Likelihood(float("nan") if slot and row in (3, 8) else 1.0, 1, 0) for row in range(len(examples))]
 
     with pytest.raises(ModelError, match=r"'adapter' is not finite on 2 of 20 rows \(row 4, 9\)"):
-        evaluate(LOADED, ROWS, generate=unused, sequence_nll=sequence_nll)
+        evaluate(LOADED, ROWS, generate=unused, likelihoods=likelihoods)

@@ -19,7 +19,7 @@ from veneer.data.files import shortened
 from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation, read_conversation, renamed
 from veneer.errors import DataError, listed
 
-__all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows"]
+__all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows", "reading_notes"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,11 @@ class Template:
 
     def closes(self, example: Example) -> bool:
         """Whether the example ends with a special token, from which the model learns to stop."""
-        return example.input_ids[-1] in self._special
+        return self.is_special(example.input_ids[-1])
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is one of the template's marks, which no text can spell."""
+        return token in self._special
 
     def _rendered_turns(
         self, conversations: Mapping[int, Conversation], faults: dict[int, str]
@@ -221,6 +225,15 @@ def _conversations(rows: Sequence[Mapping[str, Any]], faults: dict[int, str]) ->
         else:
             found[index] = conv
     return found
+
+
+def reading_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the user must know of how rows are read."""
+    told = Counter(note for row in rows for note in [renamed(row)[1]] if note)
+    notes = [f"{note} in {count:,} rows" for note, count in told.items()]
+    if count := sum(bool(row.get("instruction")) and "messages" not in row for row in rows):
+        notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\n\n{{prompt}}")
+    return notes
 
 
 def _notes(

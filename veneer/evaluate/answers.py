@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
 from veneer.evaluate.page import text
-from veneer.evaluate.run import Outcome, Result, Sample
+from veneer.evaluate.result import Outcome, Result, Sample
 
 SAMPLES_EACH = 8  # cards shown of each outcome; the counts are of all
 LONGEST_TEXT = 1200  # characters of a text that are shown
