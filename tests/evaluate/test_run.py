@@ -8,6 +8,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from veneer.errors import ConfigError, DataError, ModelError
 from veneer.evaluate.run import Result, evaluate
@@ -199,3 +200,97 @@ def test_a_loss_that_is_no_number_names_slot_and_rows():
 
     with pytest.raises(ModelError, match=r"'adapter' is not finite on 2 of 20 rows \(row 4, 9\)"):
         evaluate(LOADED, ROWS, generate=unused, likelihoods=likelihoods)
+
+
+QUESTIONS = [{"question": f"{n}?", "choices": ["a long wrong one", "yes"], "answer": n % 2} for n in range(6)]
+
+
+def choosing(model, examples, slot):
+    """Of the two choices, the base likes the short one, though a character of the long one better; the adapter knows."""
+    found = []
+    for example in examples:
+        short, scored = sum(example.targets) == 3, "".join(map(chr, example.input_ids))
+        right = short == (int(re.search(r"(\d)\?", scored)[1]) % 2 == 1)
+        nats = (1.0 if right else 9.0) if slot else (1.0 if short else 2.0)
+        found.append(Likelihood(nats, sum(example.targets), 0))
+    return found
+
+
+def test_choices_are_scored_without_the_end_of_turn_and_compared():
+    seen = []
+
+    def likelihoods(model, examples, slot):
+        seen.extend(examples)
+        return choosing(model, examples, slot)
+
+    names = ["choice_accuracy", "choice_accuracy_norm"]
+    found = evaluate(LOADED, QUESTIONS, metrics=names, generate=unused, likelihoods=likelihoods)
+    text = "".join(map(chr, seen[0].input_ids))
+    assert text.endswith("a long wrong one") and chr(0) in text  # the prompt's own end marks stay
+    assert sum(seen[0].targets) == len("a long wrong one")
+    assert [score.score for score in found.metrics["choice_accuracy"].values()] == [0.5, 1.0]
+    # 2 nats over 16 characters beat 1 over 3: the base picks the long one.
+    assert [one.scores["choice_accuracy_norm"]["base"] for one in found.samples] == [1.0, 0.0] * 3
+    assert found.differences["choice_accuracy"]["adapter"].score == 0.5
+    sample = found.samples[0]
+    assert (sample.prompt, sample.references, sample.choices) == (
+        "0?",
+        ("a long wrong one",),
+        tuple(QUESTIONS[0]["choices"]),
+    )
+    assert sample.texts == {"base": "yes", "adapter": "a long wrong one"}
+    assert sample.loglikelihoods == {"base": (-2.0, -1.0), "adapter": (-1.0, -9.0)}
+    assert Result.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_all_kinds_of_metrics_in_one_evaluation():
+    names = ["choice_accuracy", "exact_match", "token_accuracy", "loss", "chrf"]
+    generate = answering(base=0, default=0)
+    found = evaluate(LOADED, QUESTIONS, metrics=names, generate=generate, likelihoods=choosing)
+    assert list(found.metrics) == names and found.samples[0].texts["base"] == "I do not know"
+    assert set(found.samples[0].scores) == {"choice_accuracy", "exact_match", "chrf"}
+    assert found.metrics["token_accuracy"]["base"].score == 0.0
+    assert found.metrics["token_accuracy"]["base"].high < 1  # of all rows alike: Wilson's bound
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "a", "completion": "b"}, r"row 7: `choices` is null"),
+        ({"question": "a", "choices": ["b", "c" * 2000], "answer": 0}, "row 7, choice 'cc.*longer than 1,024 tokens"),
+    ],
+)
+def test_a_row_that_is_no_multiple_choice_is_named(row, words):
+    with pytest.raises(DataError, match=words):
+        evaluate(LOADED, [*QUESTIONS, row], metrics=["choice_accuracy"], likelihoods=unused)
+
+
+def test_a_function_of_ones_own_is_tried_before_anything_is_generated(tmp_path):
+    (tmp_path / "mine.py").write_text("def broken(predictions, references):\n    return []\n")
+    with pytest.raises(ConfigError, match="returned 0 values, wanted a list of 1 numbers"):
+        evaluate(LOADED, ROWS, metrics=[f"{tmp_path / 'mine.py'}:broken"], generate=unused)
+
+
+@pytest.mark.slow
+def test_choices_are_scored_as_a_plain_loop_over_the_models_own_forward(smollm2, shared_data):
+    """Twenty real questions, float32: each choice alone through transformers, summed over its own tokens."""
+    lines = (shared_data / "multiple_choice" / "arc_easy_test.jsonl").read_text("utf-8").splitlines()[:20]
+    rows = [json.loads(line) for line in lines]
+    found = evaluate(smollm2, rows, slots={"base": None}, metrics=["choice_accuracy", "choice_accuracy_norm"])
+    tokenizer, wanted = smollm2.tokenizer, {"choice_accuracy": 0, "choice_accuracy_norm": 0}
+    for row, sample in zip(rows, found.samples, strict=True):
+        turns = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        before = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        alone = []
+        for choice in row["choices"]:
+            ids = tokenizer(prompt + choice, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                log_p = smollm2.model(ids).logits[0, :-1].log_softmax(-1)
+            alone.append(log_p.gather(1, ids[0, 1:, None])[before - 1 :].sum().item())
+        # Sums of up to some thirty tokens of about -5 each, in float32.
+        assert sample.loglikelihoods["base"] == pytest.approx(alone, rel=1e-4, abs=1e-3)
+        per_character = [total / len(choice) for total, choice in zip(alone, row["choices"], strict=True)]
+        wanted["choice_accuracy"] += alone.index(max(alone)) == row["answer"]
+        wanted["choice_accuracy_norm"] += per_character.index(max(per_character)) == row["answer"]
+    assert {name: scores["base"].score * 20 for name, scores in found.metrics.items()} == pytest.approx(wanted)

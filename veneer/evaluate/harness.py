@@ -78,7 +78,7 @@ def _result(found: Mapping[str, Mapping[str, Any]], settings: dict[str, Any], se
     first = next(iter(found.values()))
     for task, metric, kind in _figures(first):
         name = f"{task}/{metric}" + ("" if kind == "none" else f",{kind}")
-        totals = {label: results["results"][task][f"{metric},{kind}"] for label, results in found.items()}
+        totals = {label: float(results["results"][task][f"{metric},{kind}"]) for label, results in found.items()}
         rows = {label: _rows(results, task, metric, kind) for label, results in found.items()}
         if all(_is_mean(rows[label], total) for label, total in totals.items()):
             right_or_wrong = all(value in (0, 1) for values in rows.values() for value in values)

@@ -39,6 +39,8 @@ def own_metric(spec: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], 
             found = function(list(predictions), [list(wanted) for wanted in references])
         except VeneerError:
             raise
+        except SystemExit as error:
+            raise ConfigError(f"the metric {spec} asked to end the program; wanted a number for each row") from error
         except Exception as error:
             raise ConfigError(f"the metric {spec} failed: {_told(error)}") from error
         return _checked(spec, found, len(predictions))

@@ -147,7 +147,7 @@ def _comparison(result: Result | None) -> str:
         f'<div class="scroll"><table class="scores"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody>'
         f'</table></div><p class="small">Mean over {result.rows:,} rows with its 95 % interval (bootstrap over rows; '
         f"Wilson where all rows score alike{'; differences are paired, row by row' if others else ''}). Loss is in "
-        "nats a token of the answers. Lower loss and perplexity are better.</p></section>"
+        "nats a token of the answers. Lower loss and perplexity are better; of all else, higher.</p></section>"
     )
 
 
