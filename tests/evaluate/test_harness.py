@@ -47,7 +47,7 @@ def test_means_of_rows_get_intervals_and_paired_differences_the_rest_stands_alon
     change = found.differences["arc_easy/acc"]["adapter"]
     assert change.score == pytest.approx(0.375) and change.low < 0.375 < change.high
     perplexity = found.differences["wikitext/word_perplexity"]["adapter"]
-    assert (perplexity.score, perplexity.low, perplexity.high) == (-10.0, None, None)
+    assert (perplexity.score, perplexity.low, perplexity.high, perplexity.n) == (-10.0, None, None, 1)
     assert found.metrics["gsm8k/exact_match,strict"]["base"].score == 0.5
     assert found.metrics["gsm8k/exact_match,loose"]["base"].low < 1  # right in all rows: Wilson's bound
     assert found.rows == 8
@@ -110,10 +110,12 @@ def test_rolling_scores_every_token_once_in_windows(harness):
 
 
 def test_generation_stops_where_it_is_told(harness):
-    whole = harness.generate_until([asked("abc", {"until": [], "max_gen_toks": 6})])[0]
+    prompts = list("abcdefghijkl")
+    texts = harness.generate_until([asked(prompt, {"until": [], "max_gen_toks": 6}) for prompt in prompts])
+    prompt, whole = next(pair for pair in zip(prompts, texts, strict=True) if len(pair[1]) > 3)  # some end at once
     stop = whole[2]
     cut, same = harness.generate_until(
-        [asked("abc", {"until": [stop], "max_gen_toks": 6}), asked("abc", {"max_gen_toks": 3, "do_sample": False})]
+        [asked(prompt, {"until": [stop], "max_gen_toks": 6}), asked(prompt, {"max_gen_toks": 3, "do_sample": False})]
     )
     assert cut == whole.split(stop)[0] and same == whole[:3]
 

@@ -206,7 +206,7 @@ QUESTIONS = [{"question": f"{n}?", "choices": ["a long wrong one", "yes"], "answ
 
 
 def choosing(model, examples, slot):
-    """Of the two choices, the base likes the short one, though a character of the long one better; the adapter knows."""
+    """The base likes the shorter of two choices, though a character of the long one better; the adapter knows."""
     found = []
     for example in examples:
         short, scored = sum(example.targets) == 3, "".join(map(chr, example.input_ids))
@@ -282,12 +282,13 @@ def test_choices_are_scored_as_a_plain_loop_over_the_models_own_forward(smollm2,
         turns = [{"role": "user", "content": row["question"]}]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         before = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        alone = []
-        for choice in row["choices"]:
-            ids = tokenizer(prompt + choice, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            with torch.no_grad():
-                log_p = smollm2.model(ids).logits[0, :-1].log_softmax(-1)
-            alone.append(log_p.gather(1, ids[0, 1:, None])[before - 1 :].sum().item())
+        texts = [prompt + choice for choice in row["choices"]]
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        ids, ends = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
+        with torch.no_grad():
+            log_p = smollm2.model(**batch).logits[:, before - 1 : -1].log_softmax(-1)
+        of_tokens = log_p.gather(2, ids[:, before:, None])[:, :, 0]
+        alone = [row[: end - before].sum().item() for row, end in zip(of_tokens, ends, strict=True)]
         # Sums of up to some thirty tokens of about -5 each, in float32.
         assert sample.loglikelihoods["base"] == pytest.approx(alone, rel=1e-4, abs=1e-3)
         per_character = [total / len(choice) for total, choice in zip(alone, row["choices"], strict=True)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from veneer.adapter.attach import attach
-from veneer.methods.lora import Lora
+from veneer.config import LoraSettings
 from veneer.model.likelihood import sequence_likelihoods
 from veneer.model.losses import sequence_nll
 from veneer.model.packed import speaking
@@ -24,7 +24,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("slot", [None, "default"])
 @pytest.mark.parametrize("most", [10, 4096])
 def test_likelihoods_are_those_of_the_models_own_logits(pico, slot, most):
-    attach(pico, Lora(r=2))
+    attach(pico, LoraSettings(r=2))
     with torch.no_grad():
         for name, parameter in pico.named_parameters():
             if "default" in name.split("."):

@@ -86,7 +86,9 @@ def _result(found: Mapping[str, Mapping[str, Any]], settings: dict[str, Any], se
             measured = Measured(MEAN if right_or_wrong else RATIO, statistics)
             scores[name], differences[name] = measured.scores(seed), measured.differences(seed)
         else:
-            scores[name] = {label: Score(total, None, None, len(rows[label])) for label, total in totals.items()}
+            scores[name] = {
+                label: Score(total, None, None, _count(found[label], task, kind)) for label, total in totals.items()
+            }
             (_, before), *others = scores[name].items()
             differences[name] = {
                 label: Score(after.score - before.score, None, None, after.n) for label, after in others
@@ -109,6 +111,11 @@ def _rows(results: Mapping[str, Any], task: str, metric: str, kind: str) -> list
     rows = [sample.get(metric) for sample in results["samples"].get(task, ()) if sample["filter"] == kind]
     numbers = [float(value) for value in rows if isinstance(value, int | float) or hasattr(value, "item")]
     return numbers if len(numbers) == len(rows) else []
+
+
+def _count(results: Mapping[str, Any], task: str, kind: str) -> int:
+    """Rows of a task, and 0 of a group of tasks."""
+    return sum(sample["filter"] == kind for sample in results["samples"].get(task, ()))
 
 
 def _is_mean(rows: Sequence[float], total: float) -> bool:
