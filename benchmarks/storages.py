@@ -134,18 +134,18 @@ def fully(model: Any, rows: Sequence[Any], config: Any, steps: int) -> None:
 
 def compared(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Loss in nats a token over rows and seeds, and paired differences to the dense base, with intervals."""
-    from veneer.evaluate.metrics import loss, loss_difference
+    from veneer.evaluate.intervals import RATIO, weighted
 
     found = {}
     for system, seeds in rows.items():
         entry: dict[str, Any] = {"seeds": sorted(seeds)}
         shared = [seed for seed in sorted(seeds) if seed in rows.get("dense", {})]
         for when in ("before", "after"):
-            entry[when] = _score(loss(*_columns(seeds, sorted(seeds), when)))
+            entry[when] = _score(RATIO.score(weighted(*_columns(seeds, sorted(seeds), when))))
             if shared:
                 mine, tokens = _columns(seeds, shared, when)
                 theirs, _ = _columns(rows["dense"], shared, when)
-                entry[f"{when}_less_dense"] = _score(loss_difference(mine, theirs, tokens))
+                entry[f"{when}_less_dense"] = _score(RATIO.difference(weighted(mine, tokens), weighted(theirs, tokens)))
         found[system] = entry
     return {"held_out_rows": HELD_OUT, "systems": found}
 

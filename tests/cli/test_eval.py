@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +65,45 @@ def test_no_name_no_base(veneer: Any, evaluation: SimpleNamespace) -> None:
 @pytest.mark.parametrize("metrics", [ONE, TWO])
 def test_the_table_has_a_line_for_every_score(veneer: Any, evaluation: SimpleNamespace, metrics: Any) -> None:
     evaluation.metrics = metrics
-    lines = [line.split() for line in veneer("eval", "out/a", "--dataset", "t.jsonl").out.splitlines()]
+    lines = [" ".join(line.split()) for line in veneer("eval", "out/a", "--dataset", "t.jsonl").out.splitlines()]
+    assert "base 0.100 [0.050, 0.150] 200" in lines
     if metrics is ONE:
-        assert ["exact_match", "difference", "0.8", "0.75", "0.85", "200"] in lines
+        assert "adapter 0.900 [0.850, 0.950] +0.800 [+0.750, +0.850] 200" in lines
     else:
-        assert ["exact_match", "differences", "b", "0.6", "0.55", "0.65", "200"] in lines
+        assert "a 0.500 [0.450, 0.550] +0.400 [+0.350, +0.450] 200" in lines
+        assert "b 0.700 [0.650, 0.750] +0.600 [+0.550, +0.650] 200" in lines
+
+
+def test_the_base_alone_is_a_line_a_metric(veneer: Any, evaluation: SimpleNamespace) -> None:
+    evaluation.metrics = {"loss": {"base": {"score": 2.5, "low": None, "high": None, "n": 1}}}
+    lines = [" ".join(line.split()) for line in veneer("eval", "out/a", "--dataset", "t.jsonl").out.splitlines()]
+    assert "loss 2.500 1" in lines
+
+
+def test_output_is_json_or_markdown_by_its_name(veneer: Any, evaluation: SimpleNamespace, tmp_path: Path) -> None:
+    evaluation.metrics = TWO
+    veneer("eval", "out/a", "--dataset", "t.jsonl", "--output", tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == TWO
+    veneer("eval", "out/a", "--dataset", "t.jsonl", "--output", tmp_path / "r.md")
+    table = (tmp_path / "r.md").read_text()
+    assert "| metric | model | score | 95 % interval | less base | 95 % interval | rows |" in table
+    assert "| exact_match | b | 0.700 | [0.650, 0.750] | +0.600 | [+0.550, +0.650] | 200 |" in table
+    assert "- a note" in table
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ((), "give either `dataset` or `harness`"),
+        (("--dataset", "t.jsonl", "--harness", "arc_easy"), "give either `dataset` or `harness`"),
+        (("--harness", "arc_easy", "--metrics", "loss"), "tasks of `harness` say for themselves what metrics is"),
+        (("--dataset", "t.jsonl", "--num-fewshot", "2"), "num_fewshot is for `harness` only"),
+        (("--harness", "arc_easy", "--system-prompt", "a"), "`system_prompt` needs `apply_chat_template`"),
+    ],
+)
+def test_options_of_data_and_of_tasks_do_not_mix(
+    veneer: Any, evaluation: SimpleNamespace, words: Any, told: str
+) -> None:
+    answer = veneer("eval", "out/a", *words)
+    assert (answer.code, evaluation.settings) == (2, None)
+    assert told.replace("`", "") in answer.err.replace("`", "").replace("--", "").replace("-", "_")

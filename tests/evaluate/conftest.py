@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from veneer.evaluate.metrics import Score
+from veneer.evaluate.intervals import Score
 from veneer.evaluate.run import Result, Sample
 
 

@@ -75,3 +75,27 @@ def test_words_that_differ_are_marked():
     assert _marked(wanted[:-1], wanted).endswith('<mark class="gap"></mark>')
     assert "<mark" not in _marked("I am sorry, I cannot do that.", wanted)
     assert "<mark>&lt;b&gt;</mark>" in _marked("one two three <b>", "one two three ")
+
+
+def test_grades_sort_into_better_and_worse_largest_change_first(result):
+    changes = [0.1, -0.2, 0.5, 0.0]
+    graded = [
+        Sample(f"row {n}", ("four",), s.texts, {"rouge_l": {"base": 0.3, "adapter": 0.3 + change}})
+        for n, (s, change) in enumerate(zip(result.samples, changes, strict=False))
+    ]
+    html = answers(replace(result, samples=tuple(graded)))
+    assert cards(html) == ["broken", "fixed", "fixed", "wrong"]
+    assert html.index("row 2") < html.index("row 0")
+    assert re.findall(r"class=\"chip (\w+)\">([^<]*) <b>(\d+)</b>", html) == [
+        ("all", "all", "4"),
+        ("fixed", "better", "2"),
+        ("broken", "worse", "1"),
+        ("wrong", "the same", "1"),
+    ]
+    assert "<b>0.80</b>" in html and "✓" not in html
+
+
+def test_a_metric_of_right_and_wrong_judges_before_one_that_grades(result):
+    both = [replace(s, scores={"rouge_l": dict.fromkeys(s.texts, 0.4), **s.scores}) for s in result.samples]
+    html = answers(replace(result, samples=tuple(both)))
+    assert "Judged by exact match." in html and "✓" in html

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.evaluate.metrics import Score
+from veneer.evaluate.intervals import Score
 from veneer.evaluate.page import text
 from veneer.evaluate.report import _value, _verdict, write_report
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from veneer.cli.load import base_of
@@ -22,14 +24,16 @@ COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Evaluate and print."""
     parsed = parse(argv, COMMAND)
+    from veneer.evaluate.table import grouped
     from veneer.evaluate.verb import evaluate_files
 
     base = base_of(parsed.settings.base_model, parsed.settings.adapter)
     settings = parsed.settings.model_copy(update={"base_model": base})
     result = evaluate_files(settings).to_json()
-    rows = [[metric, who, *cells] for metric, scores in result["metrics"].items() for who, cells in _scores(scores)]
-    title = f"{settings.dataset}: score and 95 % interval"
-    print_table(title, ("metric", "model", "score", "low", "high", "rows"), rows, json=parsed.json)
+    _write(settings.output, result)
+    title = f"{settings.dataset or ', '.join(settings.harness)}: score and 95 % interval"
+    heads, rows = grouped(result["metrics"], _short)
+    print_table(title, heads, rows, json=parsed.json)
     for note in result.get("notes") or ():
         say(f"note: {note}")
     if parsed.json:
@@ -37,10 +41,16 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _scores(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Every score in a metric's object, however deep (the difference of each of several adapters)."""
-    for who, value in scores.items():
-        if "score" in value:
-            yield prefix + who, [shown(value.get(key)) for key in ("score", "low", "high", "n")]
-        else:
-            yield from _scores(value, f"{prefix}{who} ")
+def _short(value: Any) -> str:
+    """A number in a table with intervals, where many stand side by side."""
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else shown(value)
+
+
+def _write(output: str | None, result: Mapping[str, Any]) -> None:
+    """The table as Markdown where the file is called so, else all of the result as JSON."""
+    if output is not None:
+        from veneer.evaluate.table import markdown
+
+        whole = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
+        text = markdown(result, _short) if Path(output).suffix.lower() == ".md" else whole
+        Path(output).write_text(text, encoding="utf-8")

@@ -78,20 +78,48 @@ class EvalSettings(BaseSettings, ColumnSettings):
 
     group: ClassVar[str] = "Evaluation"
 
-    dataset: File = Field(description="rows to evaluate on, a data file as for train")
+    dataset: File | None = Field(default=None, description="rows to evaluate on, a data file as for train")
     adapter: Folders = Field(default=[], description="adapter folders; none: the base alone")
     metrics: Annotated[Names, Field(min_length=1)] = Field(
-        default=["loss", "perplexity", "exact_match"], description="what to measure"
+        default=["loss", "perplexity", "exact_match"],
+        description="what to measure: loss, perplexity, token_accuracy; exact_match, accuracy, bleu, chrf, rouge1, "
+        "rouge2, rouge_l; choice_accuracy, choice_accuracy_norm (rows with `choices`); or file.py:function of your own",
+    )
+    system_prompt: Text | None = Field(
+        default=None, description="put before every conversation that has none; default: as the adapters were trained"
     )
     max_new_tokens: Positive = Field(default=128, description="longest answer in tokens")
     batch_size: Positive = Field(default=16, description="rows generated together")
     limit: Positive | None = Field(default=None, description="only the first N rows")
     seed: Seed = Field(default=0, description="of the bootstrap intervals")
-    output: File | None = Field(default=None, description="write the whole result, examples too, to this JSON file")
+    output: File | None = Field(
+        default=None, description="write the whole result, examples too, to this JSON file; the table alone to a .md"
+    )
+    harness: Names = Field(
+        default=[],
+        description="instead of `dataset`, tasks of lm-evaluation-harness (pip install lm-eval): names or YAML files",
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="solved examples before each question of `harness`; default: as the task has it"
+    )
+    apply_chat_template: bool = Field(default=False, description="ask the questions of `harness` as a chat")
 
     @model_validator(mode="after")
     def _complete(self) -> EvalSettings:
         self._need_model(self.adapter)
+        if (self.dataset is None) == (not self.harness):
+            raise PydanticCustomError("input", "give either `dataset` or `harness`")
+        given = self.model_fields_set
+        if self.harness and (idle := sorted({"metrics", "max_new_tokens"} & given)):
+            raise PydanticCustomError(
+                "harness",
+                "tasks of `harness` say for themselves what {idle} is; leave it out",
+                {"idle": " and ".join(idle)},
+            )
+        if not self.harness and (idle := sorted({"num_fewshot", "apply_chat_template"} & given)):
+            raise PydanticCustomError("alone", "{idle} is for `harness` only", {"idle": " and ".join(idle)})
+        if self.system_prompt is not None and self.harness and not self.apply_chat_template:
+            raise PydanticCustomError("system", "`system_prompt` needs `apply_chat_template` beside `harness`")
         return self
 
 

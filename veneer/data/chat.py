@@ -21,7 +21,7 @@ from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation,
 from veneer.data.tools import Tools
 from veneer.errors import DataError, listed
 
-__all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows"]
+__all__ = ["Conversation", "EncodedRows", "Example", "Template", "conversation", "encode_rows", "reading_notes"]
 
 
 Spoken = tuple[list[Message], Tools]  # what a template is given
@@ -140,7 +140,11 @@ class Template:
 
     def closes(self, example: Example) -> bool:
         """Whether the example ends with a special token, from which the model learns to stop."""
-        return example.input_ids[-1] in self._special
+        return self.is_special(example.input_ids[-1])
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is one of the template's marks, which no text can spell."""
+        return token in self._special
 
     def _rendered_turns(
         self, conversations: Mapping[int, Conversation], faults: dict[int, str]
@@ -266,13 +270,19 @@ def _conversations(rows: Sequence[Mapping[str, Any]], faults: dict[int, str]) ->
     return found
 
 
-def _notes(
-    rows: Sequence[Mapping[str, Any]], examples: list[Example], template: Template, max_length: int
-) -> list[str]:
+def reading_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the user must know of how rows are read."""
     told = Counter(note for row in rows for note in [renamed(row)[1]] if note)
     notes = [f"{note} in {count:,} rows" for note, count in told.items()]
     if count := sum(bool(row.get("instruction")) and "messages" not in row for row in rows):
-        notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\\n\\n{{prompt}}")
+        notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\n\n{{prompt}}")
+    return notes
+
+
+def _notes(
+    rows: Sequence[Mapping[str, Any]], examples: list[Example], template: Template, max_length: int
+) -> list[str]:
+    notes = reading_notes(rows)
     cut = [example.dropped for example in examples if example.dropped]
     if cut:
         notes.append(f"{len(cut):,} rows are cut at max_length {max_length}: {sum(cut):,} tokens are left out")

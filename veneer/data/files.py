@@ -14,7 +14,7 @@ from veneer.errors import DataError, listed, nearest
 Row = dict[str, Any]
 SHOWN = 5  # faults named one by one in a message; the rest is counted
 # Columns of a table whose cells are JSON where they look like it.
-_NESTED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "references", "tools")
+_NESTED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "references", "tools", "choices")
 _DELIMITERS = ",;\t|"
 
 

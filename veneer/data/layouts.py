@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from veneer.data.choices import is_choice, read_choices
 from veneer.data.files import kind_of
 from veneer.data.tools import CALLER_ROLES, Tools, joined_calls, read_calls, read_tools
 from veneer.errors import DataError, listed, nearest
@@ -65,8 +66,9 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
     prompt + completion become a user's and an assistant's turn; each may also be a message, the prompt a list of them.
     `instruction` (and alpaca's `input`, Dolly's `context`) stand before the prompt, apart by an empty line; `output` or
     `response` may stand for `completion` beside an instruction. `conversations` with `from` and `value` are messages,
-    and some pairs of columns prompt and completion (`renamed`). An assistant's turn with `train` false or `weight` 0 is
-    not learnt; what follows the last that is, is left out. `tools` holds the schemas of what `tool_calls` may call.
+    and some pairs of columns prompt and completion (`renamed`); of `choices`, the right one is the completion. An
+    assistant's turn with `train` false or `weight` 0 is not learnt; what follows the last that is, is left out. `tools`
+    holds the schemas of what `tool_calls` may call.
     """
     faults: list[str] = []
     result = read_conversation(row, faults)
@@ -77,6 +79,8 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
 
 def read_conversation(row: Mapping[str, Any], faults: list[str]) -> Conversation | None:
     """As `conversation`, for many rows: None and the reasons added to `faults`, where `conversation` raises."""
+    if is_choice(row) and read_choices(row, faults) is None:
+        return None
     row, _ = renamed(row)
     answer = "output" if "instruction" in row and "completion" not in row else "completion"
     messages: list[Message] = []
@@ -98,6 +102,8 @@ def read_conversation(row: Mapping[str, Any], faults: list[str]) -> Conversation
 
 def renamed(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     """The row under our names, and what to tell the user of it: None where it has them already."""
+    if is_choice(row) and (choices := read_choices(row, [])):
+        return _chosen(row, choices.right)
     if "messages" in row or "completion" in row:
         return row, None
     if isinstance(row.get("conversations"), list):
@@ -117,6 +123,17 @@ def renamed(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
             told = f"`{prompt}` is the prompt and `{completion}` the completion"
             return {**row, "prompt": row[prompt], "completion": row[completion]}, told
     return row, None
+
+
+def _chosen(row: Mapping[str, Any], right: str) -> tuple[Mapping[str, Any], str]:
+    """A row of multiple choice as prompt and completion; `context`, such as a passage, stands before the question."""
+    told = "the right one of `choices` is the completion"
+    if "prompt" in row or "question" not in row:
+        return {**row, "completion": right}, told
+    context = row.get("context")
+    told += ", `question` the prompt" + (", after `context`" if context else "")
+    prompt = f"{context}\n\n{row['question']}" if context else row["question"]
+    return {**row, "prompt": prompt, "completion": right}, told
 
 
 def plain_turn(turn: Any, with_tools: bool = False) -> Any:

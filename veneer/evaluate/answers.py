@@ -1,4 +1,8 @@
-"""Cards of what was asked, wanted and answered, before and after; picked by kind without a script."""
+"""Cards of what was asked, wanted and answered, before and after; picked by kind without a script.
+
+A metric of right and wrong sorts rows into fixed and broken; where there is only one that grades (ROUGE), they are
+better or worse, the largest change first.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 
 from veneer.evaluate.page import text
-from veneer.evaluate.run import Outcome, Result, Sample
+from veneer.evaluate.result import Outcome, Result, Sample
 
 SAMPLES_EACH = 8  # cards shown of each outcome; the counts are of all
 LONGEST_TEXT = 1200  # characters of a text that are shown
@@ -17,32 +21,59 @@ OUTCOMES: dict[Outcome, str] = {
     "wrong": "still wrong",
     "right": "right before and after",
 }
+GRADED: dict[Outcome, str] = {"fixed": "better", "broken": "worse", "wrong": "the same"}
 ORDER: tuple[Outcome, ...] = ("broken", "fixed", "wrong", "right")
 
 
 def answers(result: Result | None) -> str:
-    """The section of cards, judged by the first text metric; "" without generated text."""
+    """The section of cards, judged by the first metric of right and wrong, else by the first; "" without texts."""
     if not result or not result.samples:
         return ""
-    metric = next(iter(result.samples[0].scores))
+    metric, graded = _judge(result.samples)
     slots = list(result.samples[0].texts)
     before, after = slots[0], slots[-1]
     groups: dict[Outcome, list[Sample]] = {outcome: [] for outcome in ORDER}
     for sample in result.samples:
-        groups[sample.outcome(metric, before, after)].append(sample)
+        groups[_graded(sample, metric, before, after) if graded else sample.outcome(metric, before, after)].append(
+            sample
+        )
+    if graded:
+        for samples in groups.values():
+            samples.sort(key=lambda sample: -abs(_change(sample, metric, before, after)))
     shown = [(outcome, sample) for outcome in ORDER for sample in groups[outcome][:SAMPLES_EACH]]
-    cards = "".join(_sample(outcome, sample, metric) for outcome, sample in shown)
+    cards = "".join(_sample(outcome, sample, metric, graded) for outcome, sample in shown)
     left_out = len(result.samples) - len(shown)
     more = f" {len(shown)} of {len(result.samples):,} rows are shown, up to {SAMPLES_EACH} of a kind." * bool(left_out)
     return (
         f'<section><h2>Answers</h2><p class="small">Judged by {text(metric.replace("_", " "))}.{more}</p>'
-        f'<div class="answers">{_filters(groups, before != after)}<div class="cards">{cards}</div></div></section>'
+        f'<div class="answers">{_filters(groups, before != after, graded)}'
+        f'<div class="cards">{cards}</div></div></section>'
     )
 
 
-def _filters(groups: Mapping[Outcome, Sequence[Sample]], compared: bool) -> str:
+def _judge(samples: Sequence[Sample]) -> tuple[str, bool]:
+    """The metric that sorts the rows, and whether it grades them instead of calling them right or wrong."""
+    names = list(samples[0].scores)
+    for name in names:
+        if all(value in (0.0, 1.0) for sample in samples for value in sample.scores[name].values()):
+            return name, False
+    return names[0], True
+
+
+def _change(sample: Sample, metric: str, before: str, after: str) -> float:
+    return sample.scores[metric][after] - sample.scores[metric][before]
+
+
+def _graded(sample: Sample, metric: str, before: str, after: str) -> Outcome:
+    change = _change(sample, metric, before, after)
+    return "wrong" if change == 0 else "fixed" if change > 0 else "broken"
+
+
+def _filters(groups: Mapping[Outcome, Sequence[Sample]], compared: bool, graded: bool) -> str:
     """Chips that show one kind of card, by radio buttons alone."""
-    names: dict[Outcome, str] = OUTCOMES if compared else {"right": "right", "wrong": "wrong"}
+    names: dict[Outcome, str] = {"right": "right", "wrong": "wrong"}
+    if graded or compared:
+        names = OUTCOMES if not graded else GRADED if compared else {}
     total = sum(map(len, groups.values()))
     chips = [("all", "all", total), *((kind, label, len(groups[kind])) for kind, label in names.items())]
     return "".join(
@@ -52,7 +83,7 @@ def _filters(groups: Mapping[Outcome, Sequence[Sample]], compared: bool) -> str:
     )
 
 
-def _sample(outcome: Outcome, sample: Sample, metric: str) -> str:
+def _sample(outcome: Outcome, sample: Sample, metric: str, graded: bool) -> str:
     wanted = sample.references[0] if sample.references else ""
     also = f" <small>or {len(sample.references) - 1} more</small>" if len(sample.references) > 1 else ""
     answers = []
@@ -60,6 +91,7 @@ def _sample(outcome: Outcome, sample: Sample, metric: str) -> str:
         right = sample.scores[metric][slot] == 1.0
         shown = _clipped(answer) if right else _marked(answer, wanted)
         sign = '<b class="yes" title="right">✓</b>' if right else '<b class="no" title="wrong">✗</b>'
+        sign = f"<b>{sample.scores[metric][slot]:.2f}</b>" if graded else sign
         answers.append(f"<dt>{text(slot)} {sign}</dt><dd dir=auto>{shown or '<em>nothing</em>'}</dd>")
     return (
         f'<article class="card {outcome}"><p class="prompt" dir=auto>{_clipped(sample.prompt)}</p>'

@@ -14,9 +14,10 @@ from typing import Any
 
 from veneer.evaluate import plots
 from veneer.evaluate.answers import answers
-from veneer.evaluate.metrics import LIKELIHOOD, Score
+from veneer.evaluate.intervals import Score
+from veneer.evaluate.metrics import LOWER_IS_BETTER, is_share
 from veneer.evaluate.page import PAGE, STYLE, text
-from veneer.evaluate.run import Result
+from veneer.evaluate.result import Result
 
 MINUS = "\N{MINUS SIGN}"
 TRAINING_FIGURES = {
@@ -146,7 +147,7 @@ def _comparison(result: Result | None) -> str:
         f'<div class="scroll"><table class="scores"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody>'
         f'</table></div><p class="small">Mean over {result.rows:,} rows with its 95 % interval (bootstrap over rows; '
         f"Wilson where all rows score alike{'; differences are paired, row by row' if others else ''}). Loss is in "
-        "nats a token of the answers. Lower loss and perplexity are better.</p></section>"
+        "nats a token of the answers. Lower loss and perplexity are better; of all else, higher.</p></section>"
     )
 
 
@@ -158,7 +159,7 @@ def _comparison_row(result: Result, name: str) -> str:
         f"<small>{_range(name, one, change=True)}</small></td>"
         for one in changes.values()
     )
-    bars = "" if name in LIKELIHOOD else _bars(scores)
+    bars = _bars(scores) if is_share(name) else ""
     columns = 1 + len(scores) + len(changes)
     strip = f'<tr class="strip" aria-hidden="true"><td colspan="{columns}">{bars}</td></tr>' if bars else ""
     return f"<tr><th>{_metric_name(name)}</th>{cells}</tr>{strip}"
@@ -179,7 +180,7 @@ def _verdict(name: str, change: Score) -> str:
     """better or worse where the interval leaves zero out, else nothing."""
     if change.low is None or change.high is None or change.low <= 0 <= change.high:
         return ""
-    return "better" if (change.score < 0) == (name in LIKELIHOOD) else "worse"
+    return "better" if (change.score < 0) == (name in LOWER_IS_BETTER) else "worse"
 
 
 def _metric_name(name: str) -> str:
@@ -187,7 +188,7 @@ def _metric_name(name: str) -> str:
 
 
 def _value(name: str, value: float, change: bool = False) -> str:
-    if name not in LIKELIHOOD:
+    if is_share(name):
         return (f"{100 * value:+.1f} pts" if change else f"{100 * value:.1f} %").replace("-", MINUS)
     sign = "+" if change else ""
     digits = f"{value:{sign},.0f}" if 100 <= abs(value) < 1e6 else f"{value:{sign}#.3g}"

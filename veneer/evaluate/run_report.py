@@ -9,7 +9,7 @@ from typing import Any
 from veneer.adapter.card import CARD
 from veneer.config import read_yaml
 from veneer.evaluate.report import write_report
-from veneer.evaluate.run import Result
+from veneer.evaluate.result import Result
 
 EVALUATION = "evaluation.json"
 
