@@ -47,6 +47,8 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "optimizer_in_bwd": ("optimizer_in_backward",),
     "torch_compile": ("compile",),
     "fsdp": ("use_fsdp",),
+    "hub_model_id": ("repo_id", "push_to_hub_model_id"),
+    "hub_private_repo": ("private",),
     "adapter": ("adapters", "adapter_path", "adapter_name_or_path", "lora_path"),
     "adapters": ("adapter", "adapter_path", "adapter_name_or_path", "lora_path"),
     "max_new_tokens": ("max_tokens", "max_completion_tokens"),
@@ -86,6 +88,7 @@ ADVICE: dict[str, str] = {
     "datasets": "one file is read: `dataset` FILE.jsonl",
     "report_to": "the run is written to metrics.jsonl and report.html in `output_dir`; leave it out",
     "resume_from_checkpoint": "give --resume on the command line; `output_dir` says from where",
-    "push_to_hub": "nothing is uploaded; `output_dir` is a folder that PEFT loads",
+    "hub_token": "log in with hf auth login, or set HF_TOKEN; a secret does not belong among options",
+    "hub_strategy": "the adapter is uploaded once, when it is trained; leave it out",
 }
 """Options of other tools that have no counterpart here -> what to do instead; options of ours in backticks."""
