@@ -74,10 +74,12 @@ def test_a_failed_upload_costs_no_adapter(options: dict[str, Any], there: FakeHu
 
 
 OPTIONAL = "triton bitsandbytes datasets peft trl accelerate IPython ipywidgets pandas".split()
-GUARD = f"""
+GUARD = (
+    f"""
 import socket, sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))  # None: importing them fails
-""" + """
+"""
+    + """
 def refuse(*given, **named):
     raise AssertionError(f"reached for the network: {given}")
 for name in ("connect", "connect_ex", "sendto"):
@@ -92,6 +94,7 @@ from huggingface_hub import constants
 assert constants.HF_HUB_DISABLE_TELEMETRY and os.environ["DISABLE_SAFETENSORS_CONVERSION"]
 sys.exit(code)
 """
+)
 
 
 def test_training_needs_no_network_and_nothing_optional(options: dict[str, Any]) -> None:
