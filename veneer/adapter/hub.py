@@ -117,7 +117,7 @@ def _told(what: str) -> Iterator[None]:
     """What the Hub's client raises, as one HubError that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    transport = HfHubHTTPError.__bases__  # those of its HTTP library, which has changed from version to version
+    transport: Any = HfHubHTTPError.__bases__  # those of its HTTP library, which has changed from version to version
     try:
         yield
     except (*transport, OSError, ValueError) as error:
