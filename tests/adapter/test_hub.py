@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from veneer.adapter import hub
@@ -79,6 +81,12 @@ def folder(pico: Any, adapter_for: Callable[..., Adapter], tmp_path: Path) -> Pa
     for name in ("metrics.jsonl", "report.html", "run.yaml"):
         (path / name).write_text("private")
     return path
+
+
+def test_the_stand_in_takes_what_the_client_takes() -> None:
+    for name in ("whoami", "create_repo", "model_info", "upload_folder"):
+        ours = inspect.signature(getattr(FakeHub, name)).parameters
+        inspect.signature(getattr(HfApi, name)).bind(**dict.fromkeys(ours, None))
 
 
 def test_the_adapter_and_its_cards_are_all_that_goes(there: FakeHub, folder: Path) -> None:

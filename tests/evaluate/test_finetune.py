@@ -15,8 +15,8 @@ import pytest
 from tests.adapter.test_hub import FakeHub, answered, there  # noqa: F401
 from tests.train.conftest import digits, pico_folder  # noqa: F401
 from veneer.adapter.card import Adapter
-from veneer.config import RunConfig
-from veneer.errors import HubError
+from veneer.config import PushSettings, RunConfig
+from veneer.errors import AdapterError, HubError
 from veneer.evaluate.finetune import finetune
 from veneer.evaluate.publish import publish
 
@@ -71,6 +71,12 @@ def test_a_failed_upload_costs_no_adapter(options: dict[str, Any], there: FakeHu
     config = RunConfig.from_flat({**options, "push_to_hub": True})
     there.fails.clear()
     assert publish(options["output_dir"], config.hub) == "https://hub.invalid/me/skill"
+
+
+def test_a_folder_that_holds_no_adapter_is_told_first(tmp_path: Path, there: FakeHub) -> None:  # noqa: F811
+    with pytest.raises(AdapterError, match="no such folder"):
+        publish(tmp_path / "gone", PushSettings(adapter=str(tmp_path / "gone")))
+    assert there.calls == []
 
 
 OPTIONAL = "triton bitsandbytes datasets peft trl accelerate IPython ipywidgets pandas".split()

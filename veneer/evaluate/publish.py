@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from veneer.adapter import hub
+from veneer.adapter.card import Adapter
 from veneer.config.run import HubNameSettings
 from veneer.errors import HubError
 from veneer.evaluate.model_card import write_model_card
@@ -17,6 +18,7 @@ def name_of(folder: str | Path, settings: HubNameSettings) -> str:
 
 def publish(folder: str | Path, settings: HubNameSettings) -> str:
     """Uploads the folder's adapter; returns its address. Raises AdapterError, HubError."""
+    Adapter.load(folder)  # a folder that is none, or broken, is told before the Hub is asked
     try:
         name = name_of(folder, settings)
         card = write_model_card(folder, name)
