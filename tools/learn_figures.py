@@ -106,7 +106,7 @@ def rate(axes: Axes, found: dict[str, Any]) -> None:
     axes.set_ylim(0, found["start"]["base"] * 1.12)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("held-out loss, nats a token")
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.88))
 
 
 def quantised(axes: Axes, found: dict[str, Any]) -> None:
