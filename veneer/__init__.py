@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from veneer.config import LoraSettings as Lora
     from veneer.config import RunConfig
     from veneer.errors import VeneerError
+    from veneer.evaluate.finetune import finetune
     from veneer.model.generate import generate
     from veneer.model.load import load
 
@@ -31,6 +32,7 @@ PUBLIC: dict[str, str] = {
     "VeneerError": "veneer.errors:VeneerError",
     "attach": "veneer.adapter.attach:attach",
     "detach": "veneer.adapter.attach:detach",
+    "finetune": "veneer.evaluate.finetune:finetune",
     "generate": "veneer.model.generate:generate",
     "load": "veneer.model.load:load",
     "merge_into": "veneer.adapter.attach:merge_into",
@@ -44,6 +46,7 @@ __all__ = [
     "VeneerError",
     "attach",
     "detach",
+    "finetune",
     "generate",
     "load",
     "merge_into",

@@ -11,6 +11,7 @@
     - NonFiniteLossError      loss or gradient became NaN or infinite
     - NotEnoughMemoryError    a step that does not fit
     - CheckpointError         a checkpoint that cannot be resumed from
+  + HubError                  an upload: no credentials, a name that is taken, no network
 
 A message names what was wrong, what was expected and the next step, and lists all faults at once.
 """
@@ -66,6 +67,10 @@ class NotEnoughMemoryError(TrainingError, MemoryError):
 
 class CheckpointError(TrainingError):
     """A checkpoint is missing, incomplete, or belongs to another run."""
+
+
+class HubError(VeneerError):
+    """An adapter cannot be uploaded; it is whole where it was."""
 
 
 def nearest(word: str, choices: Iterable[str], limit: int = 3) -> list[str]:

@@ -43,7 +43,7 @@ def test_help_lists_every_verb_and_imports_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("train",), ("eval",), ("generate",), ("chat",), ("merge",), ("demo",), ("data", "preview")]
+    "words", [("train",), ("eval",), ("generate",), ("chat",), ("merge",), ("push",), ("demo",), ("data", "preview")]
 )
 def test_help_of_a_verb_imports_nothing_heavy(words: tuple[str, ...]) -> None:
     assert not imported(*words, "--help") & set(HEAVY)

@@ -20,24 +20,25 @@ RESULT = {"output_dir": "out", "tokens_per_second": 1700.5, "final_loss": 0.25, 
 def calls(stub: Any) -> list[Any]:
     seen: list[Any] = []
 
-    def train(config: RunConfig, *, resume: bool, progress: bool) -> Any:
+    def finetune(config: RunConfig, *, resume: bool, progress: bool) -> Any:
         seen.append((config, resume, progress))
         print("progress")
-        return SimpleNamespace(to_json=lambda: RESULT)
+        address = "https://hub.invalid/me/out" if config.hub.push_to_hub else None
+        return SimpleNamespace(training=SimpleNamespace(to_json=lambda: dict(RESULT)), address=address)
 
-    stub("veneer.train.run", train=train, plan=lambda config: {"steps": 80, "rows": 10, "r": config.lora.r})
-    stub("veneer.evaluate.run_report", report_run=lambda folder, result=None: seen.append(folder))
+    stub("veneer.train.run", plan=lambda config: {"steps": 80, "rows": 10, "r": config.lora.r})
+    stub("veneer.evaluate.finetune", finetune=finetune)
     return seen
 
 
 GIVEN = ("train", "--base-model", "smollm2", "--dataset", "d.jsonl", "--output-dir", "out")
 
 
-def test_trains_and_reports(veneer: Any, calls: list[Any]) -> None:
+def test_trains_and_tells(veneer: Any, calls: list[Any]) -> None:
     answer = veneer(*GIVEN, "--r", "4", "--resume", "--no-progress")
     assert answer.code == 0
-    [(config, resume, progress), folder] = calls
-    assert (config.lora.r, resume, progress, folder) == (4, True, False, "out")
+    [(config, resume, progress)] = calls
+    assert (config.lora.r, resume, progress) == (4, True, False)
     assert "tokens per second" in answer.out
     assert "note: learning rate 2e-3" in answer.err
 
@@ -48,6 +49,18 @@ def test_one_json_object_is_all_there_is(veneer: Any, calls: list[Any]) -> None:
     assert answer.out.count("\n") == 1
     assert "progress" in answer.err
     assert calls[0][1:] == (False, True)
+
+
+def test_the_address_of_an_upload_is_told(veneer: Any, calls: list[Any]) -> None:
+    answer = veneer(*GIVEN, "--push-to-hub", "--hub-model-id", "me/out", "--json")
+    assert json.loads(answer.out) == {**RESULT, "address": "https://hub.invalid/me/out"}
+    assert calls[0][0].hub.hub_model_id == "me/out"
+
+
+def test_a_name_without_an_upload_is_an_error(veneer: Any, calls: list[Any]) -> None:
+    answer = veneer(*GIVEN, "--hub-model-id", "me/out", "--hub-private-repo")
+    assert (answer.code, calls) == (2, [])
+    assert "--hub-model-id and --hub-private-repo without --push-to-hub" in answer.err
 
 
 def test_a_dry_run_only_plans(veneer: Any, calls: list[Any]) -> None:
@@ -66,11 +79,11 @@ def test_bad_settings_never_reach_training(veneer: Any, calls: list[Any]) -> Non
 
 
 def test_an_interruption_tells_how_to_go_on(veneer: Any, stub: Any, calls: list[Any], tmp_path: Path) -> None:
-    def train(config: RunConfig, **_: Any) -> None:
+    def finetune(config: RunConfig, **_: Any) -> None:
         (tmp_path / "checkpoints" / "step-40").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    stub("veneer.train.run", train=train)
+    stub("veneer.evaluate.finetune", finetune=finetune)
     answer = veneer(*GIVEN[:-1], tmp_path)
     assert answer.code == 130
     assert "Traceback" not in answer.err
@@ -85,9 +98,9 @@ def test_the_last_checkpoint_is_named_by_number(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_a_message(veneer: Any, stub: Any, calls: list[Any]) -> None:
-    def train(config: RunConfig, **_: Any) -> None:
+    def finetune(config: RunConfig, **_: Any) -> None:
         raise NonFiniteLossError("loss is nan at step 3")
 
-    stub("veneer.train.run", train=train)
+    stub("veneer.evaluate.finetune", finetune=finetune)
     answer = veneer(*GIVEN)
     assert (answer.code, answer.out, answer.err) == (2, "", "veneer: loss is nan at step 3\n")

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("veneer.cli.chat:run", "talk to the base and its adapters, switching live"),
     "data": ("veneer.cli.data:run", "data preview: what the model will see of a data file"),
     "merge": ("veneer.cli.merge:run", "an adapter into its base -> a model folder, with an error report"),
+    "push": ("veneer.cli.push:run", "an adapter with its model card -> the Hugging Face Hub"),
 }
 """Verb -> (module:function that takes the words after the verb, one line of help)."""
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     # pydantic looks for plugins in every installed package: a tenth of a second that no verb has a use for.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    _tell_nobody()
     _wait_politely()
     write_anything()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -51,6 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _unknown_verb(words[0])
     with results_only():
         return _run(words[0], words[1:])
+
+
+def _tell_nobody() -> None:
+    """Nothing goes over the network but what is asked for: a base by its hub id, an upload.
+
+    Left alone, the Hub's client sends telemetry along, and transformers has a service of the Hub convert models that
+    are not safetensors, which tells it what is being loaded.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def _wait_politely() -> None:

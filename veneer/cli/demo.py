@@ -32,6 +32,7 @@ def run(argv: Sequence[str]) -> int:
     settings = parse(argv, COMMAND).settings
     from veneer.config import RunConfig
     from veneer.data.toolcalls import write
+    from veneer.evaluate.model_card import write_model_card
     from veneer.evaluate.run_report import report_run
     from veneer.merge.into_base import merge_into_base
     from veneer.model.load import load
@@ -59,6 +60,7 @@ def run(argv: Sequence[str]) -> int:
     say("3/5  evaluate base and adapter on the test phrasings")
     result = _evaluate(loaded, files["test"], folder / "adapter")
     report = report_run(folder / "adapter", result)
+    write_model_card(folder / "adapter")
     say("4/5  merge into the base, reload with plain transformers, compare logits")
     merged = merge_into_base(str(folder / "adapter"), "smollm2", str(folder / "merged"))
     say("5/5  generate from the merged model")

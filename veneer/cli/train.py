@@ -47,20 +47,18 @@ def _plan(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
 
 
 def _train(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
-    from veneer.evaluate.run_report import report_run
-    from veneer.train.run import train
+    from veneer.evaluate.finetune import finetune
 
     config = parsed.settings
     try:
-        result = train(config, resume="resume" in parsed.on, progress="no_progress" not in parsed.on)
+        done = finetune(config, resume="resume" in parsed.on, progress="no_progress" not in parsed.on)
     except KeyboardInterrupt:
         if ranks.is_main:
             say("\n" + how_to_go_on(config.output_dir))
         raise
     if not ranks.is_main:
         return 0
-    report_run(config.output_dir)
-    facts = result.to_json()
+    facts = done.training.to_json() | ({"address": done.address} if done.address else {})
     print_facts("trained", facts, json=parsed.json)
     say(f"next: veneer eval --adapter {config.output_dir} --dataset HELD_OUT.jsonl")
     if parsed.json:

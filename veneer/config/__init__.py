@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from veneer.config.aliases import ADVICE, ALIASES
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
-    from veneer.config.run import DataSettings, LoraSettings, RunConfig, TrainSettings
+    from veneer.config.run import DataSettings, HubSettings, LoraSettings, RunConfig, TrainSettings
     from veneer.config.settings import Settings, read
     from veneer.config.storage import SWITCHES, StorageSettings
     from veneer.config.verbs import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         GenerateSettings,
         MergeSettings,
         PreviewSettings,
+        PushSettings,
     )
 
 __all__ = [
@@ -40,10 +41,12 @@ __all__ = [
     "DemoSettings",
     "EvalSettings",
     "GenerateSettings",
+    "HubSettings",
     "LoraSettings",
     "MergeSettings",
     "Option",
     "PreviewSettings",
+    "PushSettings",
     "RunConfig",
     "Settings",
     "StorageSettings",
@@ -59,11 +62,11 @@ _HOMES = {
     "aliases": "ADVICE ALIASES",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
-    "run": "DataSettings LoraSettings RunConfig TrainSettings",
+    "run": "DataSettings HubSettings LoraSettings RunConfig TrainSettings",
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "
-    "PreviewSettings",
+    "PreviewSettings PushSettings",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

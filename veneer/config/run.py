@@ -199,6 +199,33 @@ class TrainSettings(Settings):
         return self
 
 
+class HubNameSettings(Settings):
+    """Where an adapter goes on the Hugging Face Hub."""
+
+    group: ClassVar[str] = "Upload"
+
+    hub_model_id: Text | None = Field(
+        default=None, description="name on the Hugging Face Hub, as me/skill; default: the folder's own"
+    )
+    hub_private_repo: bool = Field(default=False, description="seen by its owner alone")
+
+
+class HubSettings(HubNameSettings):
+    """Whether the trained adapter is uploaded, and where to."""
+
+    push_to_hub: bool = Field(
+        default=False, description="upload the trained adapter, with a model card, to the Hugging Face Hub"
+    )
+
+    @model_validator(mode="after")
+    def _upload_is_asked_for(self) -> HubSettings:
+        names = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name)]
+        if names and not self.push_to_hub:
+            reason = {"names": " and ".join(f"`{name}`" for name in names)}
+            raise PydanticCustomError("no_upload", "{names} without `push_to_hub`: nothing would be uploaded", reason)
+        return self
+
+
 class RunConfig(StorageSettings):
     """One training run, complete: equal settings and equal data give an equal adapter."""
 
@@ -209,6 +236,7 @@ class RunConfig(StorageSettings):
     data: DataSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    hub: HubSettings = Field(default_factory=HubSettings)
 
     @model_validator(mode="after")
     def _validation_is_there(self) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from veneer.config.run import ColumnSettings
+from veneer.config.run import ColumnSettings, HubNameSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
@@ -202,6 +202,12 @@ class MergeSettings(BaseSettings):
                 {"options": " and ".join(f"`{name}`" for name in self.storage_options())},
             )
         return self
+
+
+class PushSettings(HubNameSettings):
+    """An adapter goes to the Hugging Face Hub."""
+
+    adapter: Folder = Field(description="adapter folder")
 
 
 class DemoSettings(Settings):

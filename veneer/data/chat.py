@@ -275,7 +275,7 @@ def reading_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     told = Counter(note for row in rows for note in [renamed(row)[1]] if note)
     notes = [f"{note} in {count:,} rows" for note, count in told.items()]
     if count := sum(bool(row.get("instruction")) and "messages" not in row for row in rows):
-        notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\n\n{{prompt}}")
+        notes.append(f"`instruction` stands before the prompt in {count:,} rows, as {{instruction}}\\n\\n{{prompt}}")
     return notes
 
 

@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from veneer.train.bars import Bar, bar
 from veneer.train.job import Job
 
 METRICS = "metrics.jsonl"
@@ -33,17 +24,11 @@ class Recorder:
         self.file = output_dir / METRICS
         self.jobs = jobs
         self._drop_lines_beyond({job.slot: job.step for job in jobs})
-        self.console = Console(stderr=True)
-        self.bar = _bar(self.console) if progress else None
-        self.tasks: dict[str, TaskID] = {}
+        self.bar: Bar | None = bar() if progress else None
 
     def __enter__(self) -> Recorder:
         if self.bar is not None:
-            self.bar.start()
-            self.tasks = {
-                job.slot: self.bar.add_task(job.slot, total=job.total, completed=job.step, facts="")
-                for job in self.jobs
-            }
+            self.bar.start({job.slot: (job.step, job.total) for job in self.jobs})
         return self
 
     def __exit__(self, *_unused: object) -> None:
@@ -70,7 +55,7 @@ class Recorder:
         tail = f"  validation {validated[-1]:.4f}" if validated else ""
         rate = job.tokens / job.seconds if job.seconds else 0.0
         shown = f"loss {job.last_loss:.4f}{tail}  {rate:,.0f} tokens/s"
-        self.bar.update(self.tasks[job.slot], completed=facts["step"], facts=shown)
+        self.bar.update(job.slot, facts["step"], shown)
 
     def _drop_lines_beyond(self, steps: dict[str, int]) -> None:
         if not self.file.exists():
@@ -126,8 +111,3 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=4)

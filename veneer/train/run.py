@@ -41,6 +41,9 @@ FREE = (
     "save_total_limit",
     "gradient_checkpointing",
     "fsdp",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 )
 # or, as long as their product is the same, only the rounding of its sums.
 PASSES = ("per_device_train_batch_size", "gradient_accumulation_steps")
