@@ -21,6 +21,7 @@ from veneer.model.load import load
 from veneer.model.losses import sequence_nll
 from veneer.train import run
 from veneer.train.ranks import Ranks
+from veneer.train.rows import read_data
 
 Config = Callable[..., RunConfig]
 WEIGHTS = "adapter_model.safetensors"
@@ -64,7 +65,7 @@ def test_the_saved_adapter_is_the_one_that_was_best(config: Config, pico_folder:
     adapter = Adapter.load(one.output_dir)
     loaded = load(str(pico_folder), "float32")
     attach(loaded.model, adapter)
-    validation = run.read_data(one, loaded.tokenizer).validation
+    validation = read_data(one, loaded.tokenizer).validation
     results = sequence_nll(loaded.model, validation, "default")
     loss = sum(nll for nll, _ in results) / sum(count for _, count in results)
     assert loss == pytest.approx(result.best_eval_loss, rel=1e-5)  # the scale was folded into b: rounding
@@ -298,7 +299,7 @@ def test_repeated_prompts_stay_on_one_side_of_the_split(config: Config, tmp_path
     data = tmp_path / "twice.jsonl"
     rows = [{"prompt": f"Write {n % 10}", "completion": f"answer {n}"} for n in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = run.read_data(config(dataset=str(data), validation_split=0.25), load(str(pico_folder)).tokenizer)
+    found = read_data(config(dataset=str(data), validation_split=0.25), load(str(pico_folder)).tokenizer)
     assert len(found.validation) >= 10
     prompts = [
         {example.input_ids[: example.targets.index(True)] for example in side}

@@ -48,10 +48,11 @@ def loop(
     ahead = _device(jobs).type == "cuda" if ahead is None else ahead
     with memory_explained(model, jobs, ranks):
         _run(Feed(Passes(model, graphs), ranks), jobs, record, save, ahead)
-    _raise_failures(jobs)
+    raise_failures(jobs)
 
 
-def _raise_failures(jobs: Sequence[Job], cause: BaseException | None = None) -> None:
+def raise_failures(jobs: Sequence[Job], cause: BaseException | None = None) -> None:
+    """Raises NonFiniteLossError where jobs have failed."""
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
         error = NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
@@ -62,14 +63,14 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
     model, ranks = feed.passes.model, feed.ranks
     for job in jobs:
         if job.step == 0:
-            _validate(model, job, record, ranks)
+            validate(model, job, record, ranks)
     reader = StepReader(record)
     while active := [job for job in jobs if not job.done]:
         try:
             step = begin_step(feed, active)
         except BaseException as error:
             reader.salvage()  # what has been computed is told, and where it failed, that is the cause
-            _raise_failures(jobs, error)
+            raise_failures(jobs, error)
             raise
         reader.push(step)
         pausing = any(job.done or job.step % job.eval_steps == 0 or job.step % job.save_steps == 0 for job in active)
@@ -78,7 +79,7 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
         reader.flush()
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
-                _validate(model, job, record, ranks)
+                validate(model, job, record, ranks)
         if any(job.step % job.save_steps == 0 for job in active if not job.failure):
             save(jobs)
         reader.last_read = time.perf_counter()
@@ -86,7 +87,8 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
         job.finish()
 
 
-def _validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
+def validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
+    """The job's loss on its validation rows, recorded and noted; nothing without such rows."""
     if not job.validation:
         return
     started = time.perf_counter()
