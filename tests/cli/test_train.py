@@ -25,7 +25,9 @@ def calls(stub: Any) -> list[Any]:
         print("progress")
         return SimpleNamespace(to_json=lambda: RESULT)
 
-    stub("veneer.train.run", train=train, plan=lambda config: {"steps": 80, "rows": 10, "r": config.lora.r})
+    stub("veneer.train.run", train=train)
+    facts = {"steps": 80, "warnings": ["--r 4: too little"]}
+    stub("veneer.train.dry_run", dry_run=lambda config, progress: {**facts, "r": config.lora.r})
     stub("veneer.evaluate.run_report", report_run=lambda folder, result=None: seen.append(folder))
     return seen
 
@@ -50,11 +52,13 @@ def test_one_json_object_is_all_there_is(veneer: Any, calls: list[Any]) -> None:
     assert calls[0][1:] == (False, True)
 
 
-def test_a_dry_run_only_plans(veneer: Any, calls: list[Any]) -> None:
+def test_a_dry_run_does_not_train(veneer: Any, calls: list[Any]) -> None:
     answer = veneer(*GIVEN, "--dry-run", "--json", "--r", "4")
-    assert json.loads(answer.out) == {"steps": 80, "rows": 10, "r": 4}
+    assert json.loads(answer.out) == {"steps": 80, "warnings": ["--r 4: too little"], "r": 4}
     assert calls == []
-    assert "steps" in veneer(*GIVEN, "--dry-run").out
+    told = veneer(*GIVEN, "--dry-run")
+    assert "steps" in told.out
+    assert "warning: --r 4: too little" in told.err
 
 
 def test_bad_settings_never_reach_training(veneer: Any, calls: list[Any]) -> None:

@@ -316,15 +316,9 @@ def test_a_fault_in_the_data_shows_before_anything_is_written(config: Config, tm
     assert not Path(config().output_dir).exists()
 
 
-def test_a_plan_loads_no_weights(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(run, "load", forbidden)
-    facts = run.plan(config(learning_rate=None))
-    assert facts["steps"] == 12
-    assert facts["learning_rate"] == pytest.approx(1.5 * 5e-4 * (2000 / 32) ** 0.781, rel=5e-3)
-    assert not Path(config().output_dir).exists()
+def test_defaults_give_no_warning(config: Config) -> None:
+    result = _train(config(learning_rate="auto", r=16, max_steps=1))
+    assert result.warnings == ()
 
 
 @pytest.mark.parametrize("asked", [True, False])

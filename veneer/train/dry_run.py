@@ -48,7 +48,7 @@ def dry_run(config: RunConfig, *, progress: bool = False) -> dict[str, Any]:
     `peak_memory_bytes` is what `TrainResult` calls so. Raises as `train` does, NotEnoughMemoryError among it.
     """
     with joined() as ranks:
-        loaded, data, job, rate, notes = prepare(config, ranks, None, progress and ranks.is_main)
+        loaded, data, job, rate, notes, warnings = prepare(config, ranks, None, progress and ranks.is_main)
         device = job.flat.values_P.device
         with current(device):
             try:
@@ -71,6 +71,7 @@ def dry_run(config: RunConfig, *, progress: bool = False) -> dict[str, Any]:
             "peak_memory_from": _memory_source(len(pace.steps), device.type),
             **seconds_of_run(job, pace),
             "options": config.to_flat(),
+            "warnings": warnings,
             "notes": [*notes, *fitted],
         }
 

@@ -16,6 +16,7 @@ from veneer.errors import ConfigError
 from veneer.model.load import Loaded, load, load_tokenizer
 from veneer.model.quantised import Way, check_way
 from veneer.train.allocator import growing_segments, keep_freed_memory
+from veneer.train.cautions import Facts, cautions
 from veneer.train.job import Job, total_steps
 from veneer.train.optim import check_optimizer
 from veneer.train.ranks import Ranks
@@ -34,6 +35,7 @@ class Prepared(NamedTuple):
     job: Job
     rate: Rate
     notes: list[str]
+    warnings: list[str]
 
 
 def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progress: bool = False) -> Prepared:
@@ -58,7 +60,15 @@ def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progr
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
     job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
     notes = [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
-    return Prepared(loaded, data, job, rate, [*notes, *_slow_storage(loaded.model, loaded), *_sharing(job, ranks)])
+    notes += [*_slow_storage(loaded.model, loaded), *_sharing(job, ranks)]
+    return Prepared(loaded, data, job, rate, notes, _warnings(config, job, loaded.model))
+
+
+def _warnings(config: RunConfig, job: Job, model: PreTrainedModel) -> list[str]:
+    usual = choose_rate(config.train.model_copy(update={"learning_rate": None}), config.lora, model.config, job.total)
+    tokens = sum(sum(example.targets) for example in job.train)
+    facts = Facts(list(job.methods), len(job.flat), len(job.train), tokens, usual.value)
+    return list(map(str, cautions(config, facts)))
 
 
 def _check_machine(config: RunConfig) -> None:

@@ -58,10 +58,11 @@ class TrainResult:
     best_step: int
     learning_rate: float
     peak_memory_bytes: int
+    warnings: tuple[str, ...]  # settings that are known to hurt
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+        return {**dataclasses.asdict(self), "warnings": list(self.warnings), "notes": list(self.notes)}
 
 
 def train(
@@ -82,9 +83,11 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output-dir {output} is a file; name a folder")
-    loaded, data, job, rate, notes = prepare(config, ranks, loaded, progress)
+    loaded, data, job, rate, notes, warnings = prepare(config, ranks, loaded, progress)
     identity = _identity(config, loaded, rate)
     notes += _start(output, config, [job], identity, resume, ranks)
+    for warning in warnings:
+        say(f"warning: {warning}")
     for note in notes:
         say(f"note: {note}")
 
@@ -103,7 +106,7 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
         as_they_were(loaded.model)
     notes += fitted
     notes += _verdict(job)
-    result = _result(config, job, notes)
+    result = _result(config, job, warnings, notes)
     facts = {
         "options": config.to_flat(),
         "data": data.facts(),
@@ -193,7 +196,7 @@ def _verdict(job: Job) -> list[str]:
     return notes
 
 
-def _result(config: RunConfig, job: Job, notes: list[str]) -> TrainResult:
+def _result(config: RunConfig, job: Job, warnings: list[str], notes: list[str]) -> TrainResult:
     validated = [line["loss"] for line in job.history if line["split"] == "eval"]
     return TrainResult(
         output_dir=config.output_dir,
@@ -208,5 +211,6 @@ def _result(config: RunConfig, job: Job, notes: list[str]) -> TrainResult:
         best_step=job.best_step,
         learning_rate=job.learning_rate,
         peak_memory_bytes=peak_memory_bytes(job.flat.values_P.device),
+        warnings=tuple(warnings),
         notes=tuple(notes),
     )
