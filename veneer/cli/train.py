@@ -19,7 +19,7 @@ COMMAND = Command(
     settings=RunConfig,
     switches={
         "resume": "go on from the last checkpoint in output_dir",
-        "dry_run": "train nothing: tell parameters, steps, memory and time, measured by a few steps that are thrown away",
+        "dry_run": "train nothing: tell parameters, memory and time, measured by steps that are thrown away",
         "no_progress": "no progress bar",
     },
     example="veneer train --base-model smollm2 --dataset train.jsonl --output-dir out/skill",

@@ -39,7 +39,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progress: bool = False) -> Prepared:
-    """Reads data and base (unless `loaded` is it) and attaches the adapter. Raises ConfigError, DataError, ModelError."""
+    """Reads data, and the base unless `loaded` is it, and attaches the adapter.
+
+    Raises ConfigError, DataError, ModelError.
+    """
     keep_freed_memory()
     growing_segments()
     _check_machine(config)
