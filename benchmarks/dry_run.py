@@ -1,7 +1,8 @@
 """What `veneer train --dry-run` predicts, and what the run then takes: `python -m benchmarks.dry_run`.
 
-Three settings on SmolLM2-135M, CPU: as it comes (but fewer validation rows); the base in NF4; long rows with every layer computed twice. Prediction
-and run are processes of their own, on the command line. Time depends on what else the machine does; memory does not.
+Three settings on SmolLM2-135M, CPU: as it comes, but for the number of steps and of validation rows; the base in NF4;
+long rows with every layer computed twice. Prediction and run are processes of their own, on the command line. Time
+depends on what else the machine does; memory does not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from veneer.config.aliases import ADVICE, ALIASES
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
-    from veneer.config.run import DataSettings, LoraSettings, RunConfig, TrainSettings
+    from veneer.config.run import DataSettings, LoraSettings, ReportingSettings, RunConfig, TrainSettings
     from veneer.config.settings import Settings, read
     from veneer.config.storage import SWITCHES, StorageSettings
     from veneer.config.verbs import (
@@ -44,6 +44,7 @@ __all__ = [
     "MergeSettings",
     "Option",
     "PreviewSettings",
+    "ReportingSettings",
     "RunConfig",
     "Settings",
     "StorageSettings",
@@ -59,7 +60,7 @@ _HOMES = {
     "aliases": "ADVICE ALIASES",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
-    "run": "DataSettings LoraSettings RunConfig TrainSettings",
+    "run": "DataSettings LoraSettings ReportingSettings RunConfig TrainSettings",
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "

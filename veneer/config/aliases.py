@@ -47,6 +47,8 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "optimizer_in_bwd": ("optimizer_in_backward",),
     "torch_compile": ("compile",),
     "fsdp": ("use_fsdp",),
+    "run_name": ("wandb_name", "wandb_run_name", "run"),
+    "project_name": ("project", "wandb_project"),
     "adapter": ("adapters", "adapter_path", "adapter_name_or_path", "lora_path"),
     "adapters": ("adapter", "adapter_path", "adapter_name_or_path", "lora_path"),
     "max_new_tokens": ("max_tokens", "max_completion_tokens"),
@@ -84,7 +86,6 @@ ADVICE: dict[str, str] = {
     "assistant_only_loss": "the loss is on completions and assistant turns only; leave it out",
     "train_on_inputs": "the loss is on completions and assistant turns only; leave it out",
     "datasets": "one file is read: `dataset` FILE.jsonl",
-    "report_to": "the run is written to metrics.jsonl and report.html in `output_dir`; leave it out",
     "resume_from_checkpoint": "give --resume on the command line; `output_dir` says from where",
     "push_to_hub": "nothing is uploaded; `output_dir` is a folder that PEFT loads",
 }

@@ -24,6 +24,7 @@ from veneer.config.values import (
     StepsOrUnlimited,
     Targets,
     Text,
+    Trackers,
 )
 
 Positive = Annotated[int, Field(ge=1)]
@@ -140,6 +141,18 @@ class TrainSettings(Settings):
         return self
 
 
+class ReportingSettings(Settings):
+    """Where metrics go beside metrics.jsonl and report.html."""
+
+    group: ClassVar[str] = "Reporting"
+
+    report_to: Trackers = Field(
+        default=[], description="also send metrics to tensorboard, wandb, trackio, whose package must be installed"
+    )
+    run_name: Text | None = Field(default=None, description="name of the run there; default: from output_dir")
+    project_name: Text = Field(default="veneer", description="project there that the run belongs to")
+
+
 class RunConfig(StorageSettings):
     """One training run, complete: equal settings and equal data give an equal adapter."""
 
@@ -151,6 +164,7 @@ class RunConfig(StorageSettings):
     data: DataSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    reporting: ReportingSettings = Field(default_factory=ReportingSettings)
 
     @model_validator(mode="after")
     def _validation_is_there(self) -> RunConfig:

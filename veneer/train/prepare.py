@@ -23,6 +23,7 @@ from veneer.train.ranks import Ranks
 from veneer.train.rows import TrainingData, read_data
 from veneer.train.schedule import Rate, choose_rate
 from veneer.train.shard import check_shardable, shard
+from veneer.train.trackers import check_trackers
 
 SLOT = "default"
 
@@ -77,6 +78,7 @@ def _warnings(config: RunConfig, job: Job, model: PreTrainedModel) -> list[str]:
 def _check_machine(config: RunConfig) -> None:
     """Raises ConfigError or ModelError where this machine lacks what the options ask for."""
     check_optimizer(config.train.optim)
+    check_trackers(config.reporting.report_to)
     on_gpu = torch.cuda.is_available()
     if config.storage == "fp8" and config.train.fsdp:
         raise ConfigError("--load-in-fp8 is not shared out by --fsdp; next: --load-in-8bit, or leave --fsdp out")

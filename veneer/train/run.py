@@ -28,6 +28,7 @@ from veneer.train.ranks import Ranks, joined
 from veneer.train.record import Recorder, machine, peak_memory_bytes
 from veneer.train.schedule import Rate
 from veneer.train.shard import gathered
+from veneer.train.trackers import Tracking
 
 # Options that may change between a run and its resumption: they do not touch a single byte of the adapter,
 FREE = (
@@ -37,6 +38,9 @@ FREE = (
     "save_total_limit",
     "gradient_checkpointing",
     "fsdp",
+    "report_to",
+    "run_name",
+    "project_name",
 )
 # or, as long as their product is the same, only the rounding of its sums.
 PASSES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -100,7 +104,10 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
             graphs, fitted = fit(loaded.model, job, config.train, ranks)
             for note in fitted:
                 say(f"note: {note}")
-            with Recorder(output, [job], progress, ranks.is_main) as record:
+            with (
+                Tracking(config, job.step, ranks.is_main) as tracking,
+                Recorder(output, [job], progress, ranks.is_main, tracking) as record,
+            ):
                 loop(loaded.model, [job], record=record, save=save, ranks=ranks, graphs=graphs)
     finally:
         as_they_were(loaded.model)
