@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.config.aliases import ADVICE, ALIASES
+    from veneer.config.aliases import ADVICE, ALIASES, SHORTHANDS
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
     from veneer.config.run import DataSettings, LoraSettings, ReportingSettings, RunConfig, TrainSettings
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADVICE",
     "ALIASES",
+    "SHORTHANDS",
     "SWITCHES",
     "BaseSettings",
     "ChatSettings",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "aliases": "ADVICE ALIASES",
+    "aliases": "ADVICE ALIASES SHORTHANDS",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
     "run": "DataSettings LoraSettings ReportingSettings RunConfig TrainSettings",

@@ -65,12 +65,13 @@ for _option, _others in _SPELLINGS.items():
     for _other in _others:
         ALIASES[_other] = (*ALIASES.get(_other, ()), _option)
 
+SHORTHANDS: dict[str, tuple[str, str]] = {"bf16": ("dtype", "bfloat16"), "fp16": ("dtype", "float16")}
+"""Switches of other tools -> the option and its value that they stand for; off, they say nothing."""
+
 ADVICE: dict[str, str] = {
     "packing": "sequences are always packed; leave it out",
     "sample_packing": "sequences are always packed; leave it out",
     "padding_free": "nothing is ever padded; leave it out",
-    "bf16": "write `dtype` bfloat16",
-    "fp16": "float16 is not trained in; write `dtype` bfloat16 or float32",
     "quantization": "write `load_in_4bit`, `load_in_8bit` or `load_in_fp8`",
     "quantization_bit": "write `load_in_4bit` or `load_in_8bit`",
     "quantization_config": "write its options at the top level: `load_in_4bit`, `bnb_4bit_use_double_quant`",

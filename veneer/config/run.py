@@ -167,6 +167,16 @@ class RunConfig(StorageSettings):
     reporting: ReportingSettings = Field(default_factory=ReportingSettings)
 
     @model_validator(mode="after")
+    def _steps_that_can_be_skipped(self) -> RunConfig:
+        if self.dtype == "float16" and self.train.optimizer_in_bwd:
+            raise PydanticCustomError(
+                "scaled",
+                "`optimizer_in_bwd` does not go with `dtype` float16, whose steps are skipped as a whole where a "
+                "gradient overflows; give `dtype` bfloat16",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_is_there(self) -> RunConfig:
         asked = [n for n in ("early_stopping_patience", "eval_steps") if getattr(self.train, n) is not None]
         if asked and not self.data.has_validation:

@@ -95,7 +95,7 @@ _OPTIMS = {
     "paged_adamw_32bit": "paged_adamw",
 }
 _OPTIMS |= {"adamw_bnb_8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit"}
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 Text = Annotated[str, Metavar("TEXT")]
 File = Annotated[str, Field(min_length=1), Metavar("FILE")]
@@ -106,7 +106,7 @@ Folders = Annotated[list[Folder], BeforeValidator(split_list), Metavar("FOLDER,.
 Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_word_or_list), Metavar("all-linear|A,B,...")]
 Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_dict), Metavar("MODULE=N,...")]
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)]
 Optim = Annotated[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], BeforeValidator(_optim)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Trackers = Annotated[list[Tracker], BeforeValidator(_trackers), Metavar("NAME,...|none")]

@@ -62,7 +62,8 @@ def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progr
     _check_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
-    job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
+    methods, scaled = methods_of(loaded.model, SLOT), loaded.model.dtype == torch.float16
+    job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods, scaled)
     notes = [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
     notes += [*_slow_storage(loaded.model, loaded), *_sharing(job, ranks)]
     return Prepared(loaded, data, job, rate, notes, _warnings(config, job, loaded.model))

@@ -192,6 +192,10 @@ def _verdict(job: Job) -> list[str]:
         notes.append(
             f"stopped early at step {job.step} of {job.total}: no better validation loss since step {job.best_step}"
         )
+    if job.scale is not None and (scaling := job.scale.read()).skipped:
+        notes.append(
+            f"{scaling.skipped} steps were skipped for gradients beyond float16; the loss scale is {scaling.scale:g}"
+        )
     if job.best_P is not None and job.best_step < job.step:
         notes.append(
             f"kept the adapter of step {job.best_step}, validation loss {job.best_loss:.4f}; later steps were worse"
