@@ -212,7 +212,15 @@ def test_what_touches_no_byte_may_change_in_a_resume(
 ) -> None:
     stopping(config(**HARD), 7)
     moved = Path(config().output_dir).rename(tmp_path / "moved")
-    one = config(output_dir=str(moved), save_steps=1, save_total_limit=None, logging_steps=3, **HARD)
+    one = config(
+        output_dir=str(moved),
+        save_steps=1,
+        save_total_limit=None,
+        logging_steps=3,
+        gradient_checkpointing=True,
+        run_name="moved",
+        **HARD,
+    )
     _train(one, resume=True)
     assert _bytes(one) == _bytes(undisturbed)
 
