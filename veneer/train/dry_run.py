@@ -80,8 +80,8 @@ def dry_run(config: RunConfig, *, progress: bool = False) -> dict[str, Any]:
 
 
 def _trial(model: nn.Module, job: Job, ranks: Ranks, graphs: bool) -> Pace:
-    """Does what the run will do, a little of each: validates, takes its first steps, writes a checkpoint (elsewhere), and
-    takes the step of the largest pass.
+    """Does what the run will do, a little of each: validates, takes its first steps, writes a checkpoint (elsewhere),
+    and takes the step of the largest pass.
 
     On the CPU the order matters. Memory that differing sizes and checkpoints have broken into pieces is not all used
     again: the largest pass took a fifth less where it came alone (docs/log.md).
