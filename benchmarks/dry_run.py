@@ -21,11 +21,11 @@ DATA = record.ROOT / os.environ.get("VENEER_DATA", "../shared/data")
 WANTED = 0.15  # of the measured peak, that a prediction may be off
 E2E, DOLLY = "e2e_nlg/train.jsonl", "instruct/dolly_train.jsonl"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "default": {"dataset": E2E, "max_steps": 24, "validation_split": 32},
-    "nf4 base": {"dataset": E2E, "max_steps": 12, "validation_split": 32, "load_in_4bit": True},
+    "default": {"dataset": E2E, "max_steps": 60, "validation_split": 32},
+    "nf4 base": {"dataset": E2E, "max_steps": 20, "validation_split": 32, "load_in_4bit": True},
     "long rows, recomputed": {
         "dataset": DOLLY,
-        "max_steps": 10,
+        "max_steps": 16,
         "gradient_checkpointing": True,
         "per_device_train_batch_size": 4,
         "validation_split": 16,

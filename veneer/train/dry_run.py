@@ -84,7 +84,7 @@ def _trial(model: nn.Module, job: Job, ranks: Ranks, graphs: bool) -> Pace:
     and takes the step of the largest pass.
 
     On the CPU the order matters. Memory that differing sizes and checkpoints have broken into pieces is not all used
-    again: the largest pass took a fifth less where it came alone (docs/log.md).
+    again at once, so the largest pass alone would hold less than the run does (docs/log.md).
     """
     told: list[dict[str, Any]] = []
     trial = Trial(model, job, Feed(Passes(model, graphs), ranks), told)

@@ -18,6 +18,7 @@ from torch import nn
 
 from veneer.errors import NonFiniteLossError, listed
 from veneer.model.losses import STREAM, sequence_nll, streams_of
+from veneer.train.allocator import give_back_freed_memory
 from veneer.train.feed import NOTHING, Feed
 from veneer.train.job import Job
 from veneer.train.memory import memory_explained
@@ -25,6 +26,7 @@ from veneer.train.passes import Passes
 from veneer.train.ranks import ALONE, Ranks
 from veneer.train.step import Record, StepReader, begin_step
 
+TIDY = 8  # steps on a CPU after which freed memory goes back to the system
 Save = Callable[[Sequence[Job]], object]
 
 
@@ -64,7 +66,7 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
     for job in jobs:
         if job.step == 0:
             validate(model, job, record, ranks)
-    reader = StepReader(record)
+    reader, steps = StepReader(record), 0
     while active := [job for job in jobs if not job.done]:
         try:
             step = begin_step(feed, active)
@@ -76,6 +78,9 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
         pausing = any(job.done or job.step % job.eval_steps == 0 or job.step % job.save_steps == 0 for job in active)
         if ahead and not pausing:
             continue
+        steps += 1
+        if steps % TIDY == 0 and _device(jobs).type == "cpu":
+            give_back_freed_memory()  # before the step is read, so that it counts as the step's time
         reader.flush()
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
