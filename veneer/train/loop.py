@@ -66,7 +66,7 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
     for job in jobs:
         if job.step == 0:
             validate(model, job, record, ranks)
-    reader, steps = StepReader(record), 0
+    reader = StepReader(record)
     while active := [job for job in jobs if not job.done]:
         try:
             step = begin_step(feed, active)
@@ -78,9 +78,7 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
         pausing = any(job.done or job.step % job.eval_steps == 0 or job.step % job.save_steps == 0 for job in active)
         if ahead and not pausing:
             continue
-        steps += 1
-        if steps % TIDY == 0 and _device(jobs).type == "cpu":
-            give_back_freed_memory()  # before the step is read, so that it counts as the step's time
+        _tidy(active)  # before the step is read, so that it counts as the step's time
         reader.flush()
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
@@ -90,6 +88,11 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
         reader.last_read = time.perf_counter()
     for job in jobs:
         job.finish()
+
+
+def _tidy(jobs: Sequence[Job]) -> None:
+    if jobs[0].step % TIDY == 0 and _device(jobs).type == "cpu":
+        give_back_freed_memory()
 
 
 def validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
