@@ -38,7 +38,7 @@ def test_nothing_is_asked_for_without_a_gpu(asked: list[str], monkeypatch: pytes
     assert not growing_segments() and not asked
 
 
-# In a process of its own: what is set here stays set. Every second of 64 blocks of 4 MiB is freed: none lies at the end.
+# In a process of its own: what is set here stays set. Of 64 blocks of 4 MiB every second is freed, none at the end.
 KEPT = """
 import torch
 from veneer.train.allocator import give_back_freed_memory, keep_freed_memory
