@@ -52,8 +52,9 @@ def one(system: str, seed: int, steps: int) -> dict[str, Any]:
     """Sum of cross-entropies and number of targets of every held-out row, before and after."""
     from veneer.config import RunConfig
     from veneer.model.load import load
+    from veneer.train.prepare import SLOT
     from veneer.train.rows import read_data
-    from veneer.train.run import SLOT, train
+    from veneer.train.run import train
 
     storage = "dense" if system in (FULL, "fp8") else system
     loaded = load("smollm2", storage=storage, progress=False)

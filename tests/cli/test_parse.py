@@ -112,6 +112,14 @@ def test_flags(words: list[str], on: bool) -> None:
     assert flat(*words)["use_rslora"] is on
 
 
+@pytest.mark.parametrize(
+    "words, dtype",
+    [(["--fp16"], "float16"), (["--bf16", "true", "--fp16=false"], "bfloat16"), (["--no-bf16"], "auto")],
+)
+def test_switches_that_stand_for_a_value(words: list[str], dtype: str) -> None:
+    assert flat(*words)["dtype"] == dtype
+
+
 def test_a_flag_leaves_the_next_word_alone() -> None:
     assert flat("--use-rslora", "--r", "4")["r"] == 4
     assert parse(["--json", "hello", "--adapter", "a"], generate.COMMAND).settings.prompt == "hello"

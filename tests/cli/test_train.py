@@ -26,7 +26,8 @@ def calls(stub: Any) -> list[Any]:
         address = "https://hub.invalid/me/out" if config.hub.push_to_hub else None
         return SimpleNamespace(training=SimpleNamespace(to_json=lambda: dict(RESULT)), address=address)
 
-    stub("veneer.train.run", plan=lambda config: {"steps": 80, "rows": 10, "r": config.lora.r})
+    facts = {"steps": 80, "warnings": ["--r 4: too little"]}
+    stub("veneer.train.dry_run", dry_run=lambda config, progress: {**facts, "r": config.lora.r})
     stub("veneer.evaluate.finetune", finetune=finetune)
     return seen
 
@@ -63,11 +64,13 @@ def test_a_name_without_an_upload_is_an_error(veneer: Any, calls: list[Any]) -> 
     assert "--hub-model-id and --hub-private-repo without --push-to-hub" in answer.err
 
 
-def test_a_dry_run_only_plans(veneer: Any, calls: list[Any]) -> None:
+def test_a_dry_run_does_not_train(veneer: Any, calls: list[Any]) -> None:
     answer = veneer(*GIVEN, "--dry-run", "--json", "--r", "4")
-    assert json.loads(answer.out) == {"steps": 80, "rows": 10, "r": 4}
+    assert json.loads(answer.out) == {"steps": 80, "warnings": ["--r 4: too little"], "r": 4}
     assert calls == []
-    assert "steps" in veneer(*GIVEN, "--dry-run").out
+    told = veneer(*GIVEN, "--dry-run")
+    assert "steps" in told.out
+    assert "warning: --r 4: too little" in told.err
 
 
 def test_bad_settings_never_reach_training(veneer: Any, calls: list[Any]) -> None:

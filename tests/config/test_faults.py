@@ -33,7 +33,7 @@ def test_nothing_near_nothing_named() -> None:
 def test_options_of_other_tools_are_answered_with_advice() -> None:
     with pytest.raises(ConfigError, match="packing: sequences are always packed"):
         RunConfig.from_flat({**GIVEN, "packing": True})
-    assert "--dtype bfloat16" in unknown(RunConfig, "bf16", lambda name: f"--{name}")
+    assert "--load-in-4bit" in unknown(RunConfig, "quantization_bit", lambda name: "--" + name.replace("_", "-"))
     assert not set(ADVICE) & {s for o in options_of(RunConfig).values() for s in (o.name, *o.aliases)}
 
 

@@ -100,3 +100,23 @@ def test_adapters_have_names_or_lend_those_of_their_folders() -> None:
 def test_adapter_names_that_cannot_be(text: str) -> None:
     with pytest.raises(ConfigError, match="adapters"):
         ChatSettings(adapters=text)
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ({"fp16": True}, "float16"),
+        ({"bf16": "true"}, "bfloat16"),
+        ({"bf16": False, "fp16": True}, "float16"),
+        ({"bf16": False}, "auto"),
+        ({"bf16": "auto"}, "auto"),
+    ],
+)
+def test_switches_of_other_tools_stand_for_a_dtype(given: dict[str, object], dtype: str) -> None:
+    assert RunConfig.from_flat({**GIVEN, **given}).dtype == dtype
+
+
+@pytest.mark.parametrize("given", [{"fp16": True, "bf16": True}, {"fp16": True, "dtype": "float32"}, {"fp16": "maybe"}])
+def test_two_dtypes_are_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="dtype"):
+        RunConfig.from_flat({**GIVEN, **given})

@@ -91,7 +91,7 @@ def test_a_folder_gives_the_model_that_transformers_gives(made, dtype):
     with torch.no_grad():
         got, wanted = model(ids).logits.float(), own(ids).logits.float()
     # The fused norm is off by an ulp of the dtype, in 5 places one after the other.
-    assert (got - wanted).abs().max() < {"float32": 1e-5, "bfloat16": 0.03}[dtype] * wanted.abs().max()
+    assert (got - wanted).abs().max() < {"float32": 1e-5, "bfloat16": 0.03, "float16": 4e-3}[dtype] * wanted.abs().max()
 
 
 def test_it_is_frozen_quiet_and_ready(made, capfd):
@@ -178,9 +178,9 @@ def test_an_unknown_name_in_every_way_of_asking():
             ask("nobody/nothing")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16", "bf16", ""])
+@pytest.mark.parametrize("dtype", ["int8", "float64", "bf16", ""])
 def test_an_unknown_dtype(made, dtype):
-    refused(made, "dtype", "auto, float32, bfloat16", dtype=dtype)
+    refused(made, "dtype", "auto, float32, bfloat16, float16", dtype=dtype)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -41,6 +42,7 @@ import json, shutil, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 from veneer.config import RunConfig
+from veneer.train.dry_run import dry_run
 from veneer.train.ranks import joined
 from veneer.train.run import train
 {inspect.getsource(half_of)}
@@ -51,8 +53,9 @@ with joined() as ranks:
             half_of(Path(goes_on), Path(options["output_dir"]))
         ranks.barrier()
         results.append(train(RunConfig.from_flat(options), resume=bool(goes_on), progress=False).to_json())
+    dry = dry_run(RunConfig.from_flat(json.loads(sys.argv[1])[0][0]))
 if ranks.is_main:
-    print(json.dumps(results))
+    print(json.dumps([*results, dry]))
 """
 # An uneven share (5 rows: 3 and 2), two passes a step, a short last step in the epoch, validation.
 COMMON = {
@@ -72,11 +75,13 @@ STORAGES = {
     "int4": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
     "int8": {"load_in_8bit": True},
 }
+TRACKED = {"report_to": "tensorboard"} if importlib.util.find_spec("tensorboardX") else {}
 SHARDED = {"fsdp": True, "max_steps": 3}
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
     "resumed": {},
-    "few rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4},
+    "few rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4} | TRACKED,
+    "float16": {"dtype": "float16", "max_steps": 4},
     "sharded": SHARDED,
     "sharded, few rows": {**SHARDED, "per_device_train_batch_size": 1},
     "sharded, recomputed": {**SHARDED, "gradient_checkpointing": True},
@@ -131,7 +136,7 @@ def together(options: Options) -> dict[str, dict[str, Any]]:
     [main, other] = _pair(*[["-c", TRAIN, json.dumps(runs)]] * 2)
     assert (main[0], other[0]) == (0, 0), main[2] + other[2]
     assert other[1] == ""
-    return dict(zip(CASES, json.loads(main[1]), strict=True))
+    return dict(zip([*CASES, "dry run"], json.loads(main[1]), strict=True))
 
 
 def _losses(folder: str) -> list[tuple[int, str, float, int]]:
@@ -152,14 +157,28 @@ def test_two_processes_take_the_steps_of_one(case: str, options: Options, togeth
     assert [(step, split, targets) for step, split, _, targets in ours] == [
         (step, split, targets) for step, split, _, targets in theirs
     ]
-    # Sums over rows in another order, and products of other sizes: float32 rounding, fed back by training.
-    assert [loss for _, _, loss, _ in ours] == pytest.approx([loss for _, _, loss, _ in theirs], rel=2e-5)
+    # Sums over rows in another order, and products of other sizes: rounding to 24 bits or 11, fed back by training.
+    close = 2e-2 if case == "float16" else 2e-5
+    assert [loss for _, _, loss, _ in ours] == pytest.approx([loss for _, _, loss, _ in theirs], rel=close)
     difference = torch.linalg.vector_norm(_flat(two["output_dir"]) - _flat(one["output_dir"]))
-    assert difference < 1e-3 * torch.linalg.vector_norm(_flat(one["output_dir"]))
+    assert difference < 50 * close * torch.linalg.vector_norm(_flat(one["output_dir"]))
     told = together[case]
     assert (told["tokens"], told["steps"], told["best_step"]) == (alone.tokens, alone.steps, alone.best_step)
     ours, theirs = (Adapter.load(each["output_dir"]).card.training["update_norms"] for each in (two, one))
-    assert ours == pytest.approx(theirs, rel=1e-2)
+    assert ours == pytest.approx(theirs, rel=max(1e-2, 50 * close))
+
+
+def test_a_dry_run_of_two_processes_counts_as_their_run_does(together: Any) -> None:
+    dry, whole = together["dry run"], together["whole"]
+    for name in ("steps", "trainable_parameters", "learning_rate"):
+        assert dry[name] == whole[name]
+    assert dry["tokens_of_the_run"] == whole["tokens"]
+
+
+@pytest.mark.skipif(not TRACKED, reason="needs tensorboardX")
+def test_one_process_of_two_speaks_to_a_dashboard(options: Options, together: Any) -> None:
+    runs = Path(options("few rows", "two")["output_dir"], "runs")
+    assert len([file for file in runs.rglob("*tfevents*") if file.is_file()]) == 1
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from veneer.model.load import load
 from veneer.model.losses import sequence_nll
 from veneer.train import run
 from veneer.train.ranks import Ranks
+from veneer.train.rows import read_data
 
 Config = Callable[..., RunConfig]
 WEIGHTS = "adapter_model.safetensors"
@@ -65,7 +66,7 @@ def test_the_saved_adapter_is_the_one_that_was_best(config: Config, pico_folder:
     adapter = Adapter.load(one.output_dir)
     loaded = load(str(pico_folder), "float32")
     attach(loaded.model, adapter)
-    validation = run.read_data(one, loaded.tokenizer).validation
+    validation = read_data(one, loaded.tokenizer).validation
     results = sequence_nll(loaded.model, validation, "default")
     loss = sum(nll for nll, _ in results) / sum(count for _, count in results)
     assert loss == pytest.approx(result.best_eval_loss, rel=1e-5)  # the scale was folded into b: rounding
@@ -239,7 +240,15 @@ def test_what_touches_no_byte_may_change_in_a_resume(
 ) -> None:
     stopping(config(**HARD), 7)
     moved = Path(config().output_dir).rename(tmp_path / "moved")
-    one = config(output_dir=str(moved), save_steps=1, save_total_limit=None, logging_steps=3, **HARD)
+    one = config(
+        output_dir=str(moved),
+        save_steps=1,
+        save_total_limit=None,
+        logging_steps=3,
+        gradient_checkpointing=True,
+        run_name="moved",
+        **HARD,
+    )
     _train(one, resume=True)
     assert _bytes(one) == _bytes(undisturbed)
 
@@ -326,7 +335,7 @@ def test_repeated_prompts_stay_on_one_side_of_the_split(config: Config, tmp_path
     data = tmp_path / "twice.jsonl"
     rows = [{"prompt": f"Write {n % 10}", "completion": f"answer {n}"} for n in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = run.read_data(config(dataset=str(data), validation_split=0.25), load(str(pico_folder)).tokenizer)
+    found = read_data(config(dataset=str(data), validation_split=0.25), load(str(pico_folder)).tokenizer)
     assert len(found.validation) >= 10
     prompts = [
         {example.input_ids[: example.targets.index(True)] for example in side}
@@ -343,15 +352,9 @@ def test_a_fault_in_the_data_shows_before_anything_is_written(config: Config, tm
     assert not Path(config().output_dir).exists()
 
 
-def test_a_plan_loads_no_weights(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(run, "load", forbidden)
-    facts = run.plan(config(learning_rate=None))
-    assert facts["steps"] == 12
-    assert facts["learning_rate"] == pytest.approx(1.5 * 5e-4 * (2000 / 32) ** 0.781, rel=5e-3)
-    assert not Path(config().output_dir).exists()
+def test_defaults_give_no_warning(config: Config) -> None:
+    result = _train(config(learning_rate="auto", r=16, max_steps=1))
+    assert result.warnings == ()
 
 
 @pytest.mark.parametrize("asked", [True, False])

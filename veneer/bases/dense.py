@@ -1,4 +1,4 @@
-"""The plain storage: W as it is, in float32 or bfloat16.
+"""The plain storage: W as it is, in float32, bfloat16 or float16.
 
 Legend: T tokens, I in, O out.
 """

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from veneer.config import Option, Settings, options_of
+from veneer.config import SHORTHANDS, Option, Settings, options_of
 
 if TYPE_CHECKING:
     from veneer.cli.parse import Command
@@ -75,6 +75,8 @@ def _default(value: Any) -> str:
 
 
 def _spellings(options: dict[str, Option]) -> str:
-    other = "; ".join(f"{', '.join(o.aliases)} = {name}" for name, o in options.items() if o.aliases)
+    spellings = [f"{', '.join(o.aliases)} = {name}" for name, o in options.items() if o.aliases]
+    spellings += [f"{short} = {name} {value}" for short, (name, value) in SHORTHANDS.items() if name in options]
+    other = "; ".join(spellings)
     file = "Options can stand in FILE.yaml as well (seed: 1); the command line wins. "
     return file + (f"Other spellings: {other.replace('_', '-')}." if other else "")

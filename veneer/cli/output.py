@@ -15,6 +15,7 @@ from typing import IO, Any, Literal
 
 _CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _results: list[IO[str]] = []
+_LINES = {"warnings": "warning", "notes": "note"}  # facts that are sentences -> how each begins
 
 
 @contextlib.contextmanager
@@ -59,10 +60,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
-    """Facts as a table of name and value. An object or a list of objects among them is a table of its own, notes are
-    lines on standard error."""
+    """Facts as a table of name and value. An object or a list of objects among them is a table of its own, warnings and
+    notes are lines on standard error."""
     inner = {name: value for name, value in facts.items() if value and (isinstance(value, Mapping) or _is_rows(value))}
-    plain = [(_words(name), value) for name, value in facts.items() if name not in inner and name != "notes"]
+    plain = [(_words(name), value) for name, value in facts.items() if name not in inner and name not in _LINES]
     _print_table(title, ("", ""), plain, "left", json)
     for name, value in inner.items():
         if isinstance(value, Mapping):
@@ -71,8 +72,9 @@ def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
             columns = list(dict.fromkeys(key for row in value for key in row))
             rows = [[row.get(key) for key in columns] for row in value]
             print_table(_words(name), [_words(key) for key in columns], rows, json=json)
-    for note in facts.get("notes") or ():
-        say(f"note: {note}")
+    for name, mark in _LINES.items():
+        for line in facts.get(name) or ():
+            say(f"{mark}: {line}")
 
 
 def _print_table(

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from veneer.cli.help import help_text
 from veneer.cli.output import results
-from veneer.config import Option, Settings, options_of, read, read_yaml
+from veneer.config import SHORTHANDS, Option, Settings, options_of, read, read_yaml
 from veneer.config.faults import unknown
 
 S = TypeVar("S", bound=Settings)
@@ -115,6 +115,9 @@ class _Line:
             self.faults.append(f"{kebab(name)}: got {text}, wanted {wanted}")
         elif name in self.known:
             self._set(name, str(on).lower())
+        elif name in SHORTHANDS:
+            if on:
+                self._set(*SHORTHANDS[name])
         else:
             self.switches[name] = on
 
@@ -143,7 +146,8 @@ class _Line:
 
     def _is_flag(self, name: str) -> bool:
         option: Option | None = self.known.get(name)
-        return option.kind == "flag" if option else name in self.command.all_switches
+        stands_for = SHORTHANDS.get(name, ("", ""))[0]
+        return option.kind == "flag" if option else name in self.command.all_switches or stands_for in self.known
 
     def _words(self, name: str) -> tuple[str, ...]:
         option: Option | None = self.known.get(name)

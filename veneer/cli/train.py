@@ -19,7 +19,7 @@ COMMAND = Command(
     settings=RunConfig,
     switches={
         "resume": "go on from the last checkpoint in output_dir",
-        "dry_run": "say what would be done, loading no weights",
+        "dry_run": "train nothing: tell parameters, memory and time, measured by steps that are thrown away",
         "no_progress": "no progress bar",
     },
     example="veneer train --base-model smollm2 --dataset train.jsonl --output-dir out/skill",
@@ -27,20 +27,20 @@ COMMAND = Command(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Train, or tell the plan."""
+    """Train, or tell what it would take."""
     parsed = parse(argv, COMMAND)
     from veneer.train.ranks import joined
 
     with joined() as ranks:
-        return _plan(parsed, ranks) if "dry_run" in parsed.on else _train(parsed, ranks)
+        return _measure(parsed, ranks) if "dry_run" in parsed.on else _train(parsed, ranks)
 
 
-def _plan(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
-    from veneer.train.run import plan
+def _measure(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
+    from veneer.train.dry_run import dry_run
 
-    facts = plan(parsed.settings)
+    facts = dry_run(parsed.settings, progress="no_progress" not in parsed.on)
     if ranks.is_main:
-        print_facts("plan (nothing was trained)", facts, json=parsed.json)
+        print_facts("dry run (nothing was trained)", facts, json=parsed.json)
         if parsed.json:
             print_json(facts)
     return 0

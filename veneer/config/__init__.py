@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.config.aliases import ADVICE, ALIASES
+    from veneer.config.aliases import ADVICE, ALIASES, SHORTHANDS
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
-    from veneer.config.run import DataSettings, HubSettings, LoraSettings, RunConfig, TrainSettings
+    from veneer.config.run import DataSettings, HubSettings, LoraSettings, ReportingSettings, RunConfig, TrainSettings
     from veneer.config.settings import Settings, read
     from veneer.config.storage import SWITCHES, StorageSettings
     from veneer.config.verbs import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADVICE",
     "ALIASES",
+    "SHORTHANDS",
     "SWITCHES",
     "BaseSettings",
     "ChatSettings",
@@ -47,6 +48,7 @@ __all__ = [
     "Option",
     "PreviewSettings",
     "PushSettings",
+    "ReportingSettings",
     "RunConfig",
     "Settings",
     "StorageSettings",
@@ -59,10 +61,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "aliases": "ADVICE ALIASES",
+    "aliases": "ADVICE ALIASES SHORTHANDS",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
-    "run": "DataSettings HubSettings LoraSettings RunConfig TrainSettings",
+    "run": "DataSettings HubSettings LoraSettings ReportingSettings RunConfig TrainSettings",
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "

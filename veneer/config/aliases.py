@@ -52,6 +52,8 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "fsdp": ("use_fsdp",),
     "hub_model_id": ("repo_id", "push_to_hub_model_id"),
     "hub_private_repo": ("private",),
+    "run_name": ("wandb_name", "wandb_run_name", "run"),
+    "project_name": ("project", "wandb_project"),
     "adapter": ("adapters", "adapter_path", "adapter_name_or_path", "lora_path"),
     "adapters": ("adapter", "adapter_path", "adapter_name_or_path", "lora_path"),
     "max_new_tokens": ("max_tokens", "max_completion_tokens"),
@@ -68,12 +70,13 @@ for _option, _others in _SPELLINGS.items():
     for _other in _others:
         ALIASES[_other] = (*ALIASES.get(_other, ()), _option)
 
+SHORTHANDS: dict[str, tuple[str, str]] = {"bf16": ("dtype", "bfloat16"), "fp16": ("dtype", "float16")}
+"""Switches of other tools -> the option and its value that they stand for; off, they say nothing."""
+
 ADVICE: dict[str, str] = {
     "packing": "sequences are always packed; leave it out",
     "sample_packing": "sequences are always packed; leave it out",
     "padding_free": "nothing is ever padded; leave it out",
-    "bf16": "write `dtype` bfloat16",
-    "fp16": "float16 is not trained in; write `dtype` bfloat16 or float32",
     "quantization": "write `load_in_4bit`, `load_in_8bit` or `load_in_fp8`",
     "quantization_bit": "write `load_in_4bit` or `load_in_8bit`",
     "quantization_config": "write its options at the top level: `load_in_4bit`, `bnb_4bit_use_double_quant`",
@@ -101,8 +104,6 @@ ADVICE: dict[str, str] = {
     "field_messages": "write `columns` messages=NAME",
     "field_instruction": "write `columns` prompt=NAME",
     "field_output": "write `columns` completion=NAME",
-    "report_to": "the run is written to metrics.jsonl and report.html in `output_dir`; leave it out",
-    "wandb_project": "the run is written to metrics.jsonl and report.html in `output_dir`; leave it out",
     "plot_loss": "report.html in `output_dir` shows the curve; leave it out",
     "overwrite_output_dir": "an earlier run in `output_dir` is moved aside, never written over; leave it out",
     "adapter": "the one method is lora; leave it out, and for qlora write `load_in_4bit`",
@@ -112,17 +113,15 @@ ADVICE: dict[str, str] = {
     "modules_to_save": "nothing but the low-rank update is trained; leave it out",
     "lora_modules_to_save": "nothing but the low-rank update is trained; leave it out",
     "trainable_token_indices": "nothing but the low-rank update is trained; leave it out",
-    "peft_use_dora": "the only method is lora; see `method`",
+    "peft_use_dora": "write `method` dora",
     "peft_use_rslora": "write `use_rslora`",
     "lora_target_linear": "write `target_modules` all-linear, which it is if left out",
     "layers_to_transform": "name the layers in `target_modules`: layers.30.mlp.up_proj",
-    "loraplus_lr_ratio": "A and B have one `learning_rate`; leave it out",
     "neftune_noise_alpha": "no noise is added to embeddings; leave it out",
     "stage": "training is supervised fine-tuning; leave it out",
     "do_train": "the verb says what is done; leave it out",
     "max_samples": "give a shorter file, or `max_steps`",
     "dataset_dir": "`dataset` is the whole path",
-    "dataset_text_field": "rows are prompt and completion, or messages; plain text has no answer to train on",
     "chat_template": "the model's own chat template is taken; leave it out",
     "pad_to_sequence_len": "nothing is ever padded; leave it out",
     "group_by_length": "nothing is ever padded; leave it out",

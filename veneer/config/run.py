@@ -28,6 +28,7 @@ from veneer.config.values import (
     StepsOrUnlimited,
     Targets,
     Text,
+    Trackers,
 )
 
 Positive = Annotated[int, Field(ge=1)]
@@ -226,6 +227,18 @@ class HubSettings(HubNameSettings):
         return self
 
 
+class ReportingSettings(Settings):
+    """Where metrics go beside metrics.jsonl and report.html."""
+
+    group: ClassVar[str] = "Reporting"
+
+    report_to: Trackers = Field(
+        default=[], description="also send metrics to tensorboard, wandb, trackio, whose package must be installed"
+    )
+    run_name: Text | None = Field(default=None, description="name of the run there; default: from output_dir")
+    project_name: Text = Field(default="veneer", description="project there that the run belongs to")
+
+
 class RunConfig(StorageSettings):
     """One training run, complete: equal settings and equal data give an equal adapter."""
 
@@ -237,6 +250,17 @@ class RunConfig(StorageSettings):
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
+    reporting: ReportingSettings = Field(default_factory=ReportingSettings)
+
+    @model_validator(mode="after")
+    def _steps_that_can_be_skipped(self) -> RunConfig:
+        if self.dtype == "float16" and self.train.optimizer_in_bwd:
+            raise PydanticCustomError(
+                "scaled",
+                "`optimizer_in_bwd` does not go with `dtype` float16, whose steps are skipped as a whole where a "
+                "gradient overflows; give `dtype` bfloat16",
+            )
+        return self
 
     @model_validator(mode="after")
     def _validation_is_there(self) -> RunConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from veneer.config.aliases import SHORTHANDS
 from veneer.config.faults import Spell, sentences, shown, unknown
 from veneer.config.options import allows_none, kind_of, options_of
 from veneer.errors import ConfigError, listed
@@ -73,15 +74,26 @@ def _canonical(cls: type[Settings], source: Mapping[str, Any], spell: Spell, fau
     options = options_of(cls)
     own = {spelling: name for name, option in options.items() for spelling in (*option.aliases, name)}
     result: dict[str, Any] = {}
-    for key, value in source.items():
-        name = own.get(str(key).replace("-", "_"))
+    for key, (spelling, value) in _longhand(source, options):
+        name = own.get(spelling)
         if name is None:
-            faults.append(unknown(cls, str(key).replace("-", "_"), spell))
+            faults.append(unknown(cls, spelling, spell))
         elif name in result and result[name] != value:
             faults.append(f"{spell(name)} is given twice: {shown(result[name])} and, as {key}, {shown(value)}")
         else:
             result[name] = value
     return result
+
+
+def _longhand(source: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Each key as it is written, and what it says: `fp16: true` is a value of `dtype`, `fp16: false` nothing."""
+    for key, value in source.items():
+        spelling, said = str(key).replace("-", "_"), str(value).lower()
+        name, meant = SHORTHANDS.get(spelling, (spelling, value))
+        if name == spelling or name not in options:
+            yield str(key), (spelling, value)
+        elif said != "false":  # what is neither true nor auto is refused by the option's own type
+            yield str(key), (name, {"true": meant, "auto": "auto"}.get(said, value))
 
 
 def _nested(cls: type[Settings], flat: Mapping[str, Any]) -> dict[str, Any]:

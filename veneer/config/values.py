@@ -73,6 +73,11 @@ def _whole_or_fraction(value: float) -> float | int:
     return int(value) if value >= 1 else float(value)
 
 
+def _trackers(value: Any) -> Any:
+    names = split_list(value)
+    return [] if names == ["none"] else names
+
+
 def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
@@ -90,7 +95,7 @@ _OPTIMS = {
     "paged_adamw_32bit": "paged_adamw",
 }
 _OPTIMS |= {"adamw_bnb_8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "paged_adamw8bit": "paged_adamw_8bit"}
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 
 
 def _one_or_list(value: Any) -> Any:
@@ -123,8 +128,10 @@ Folders = Annotated[list[Folder], BeforeValidator(split_list), Metavar("FOLDER,.
 Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_word_or_list), Metavar("all-linear|A,B,...")]
 Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_dict), Metavar("MODULE=N,...")]
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)]
 Optim = Annotated[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], BeforeValidator(_optim)]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Trackers = Annotated[list[Tracker], BeforeValidator(_trackers), Metavar("NAME,...|none")]
 Recompute = bool | Literal["auto", "offload"]
 RowsOrFraction = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 RateOrAuto = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto), Metavar("X")]

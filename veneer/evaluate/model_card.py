@@ -13,7 +13,7 @@ from typing import Any
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.hub import MODEL_CARD, base_without_folders, is_hub_id, last_part
 from veneer.config import dump_yaml
-from veneer.evaluate.metrics import Score
+from veneer.evaluate.intervals import Score
 from veneer.evaluate.run import Result
 from veneer.evaluate.run_report import EVALUATION
 from veneer.model.source import PACKAGED

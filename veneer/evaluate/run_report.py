@@ -35,7 +35,7 @@ def report_run(output_dir: str | Path, result: Result | None = None) -> Path:
         history=_history(folder / "metrics.jsonl"),
         result=result,
         norms=norms,
-        notes=training.get("notes", []),
+        notes=[*training.get("warnings", []), *training.get("notes", [])],
     )
     return page
 

@@ -22,7 +22,7 @@ from veneer.model.source import Source, resolve
 from veneer.model.sources import checkpoint_files
 from veneer.model.swap import swap_norms
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ def load(
 ) -> Loaded:
     """The base model `name`: 'smollm2', a GGUF file, a local folder or a hub id.
 
-    dtype: 'float32', 'bfloat16', or 'auto' (bfloat16 where the machine multiplies it fast, else float32).
+    dtype: 'float32', 'bfloat16', 'float16', or 'auto' (bfloat16 where the machine multiplies it fast, else float32).
     check: probe that packed segments equal each alone (a fraction of a second); a family that fails is refused by name.
     tokenizer: the model's, where it is loaded already.
     storage: how linear layers but the vocabulary head are held, a name of `veneer.bases.BASES`: quantised tensor by

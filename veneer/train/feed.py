@@ -30,7 +30,8 @@ class Feed:
 
     def computed(self, jobs: Sequence[Job]) -> Tensor:
         """Adds the gradients of this process's rows of the coming step; for each job its share of the loss and its
-        tokens, (jobs, 2) in float64. On a GPU nothing has been waited for."""
+        tokens, (jobs, 2) in float64. On a GPU nothing has been waited for. Of jobs that scale their losses the
+        gradients are scaled."""
         micros = [micro for micro in range(_micros(jobs)) if any(job.rows(micro) for job in jobs)]
         wanted = [(job.slot, job.step) for job in jobs]
         if self.ahead is not None and self.ahead[0] == wanted:
@@ -39,7 +40,7 @@ class Feed:
             batch, ready = self.ready(jobs, micros[0], 0)
         parts: list[tuple[Batch, Tensor]] = []
         for following in [*micros[1:], None]:
-            parts.append((batch, self.passes(ready)))
+            parts.append((batch, self.passes(_scaled(batch, ready))))
             if following is not None:
                 batch, ready = self.ready(jobs, following, 0)
         self.ahead = None
@@ -63,6 +64,16 @@ def _micros(jobs: Sequence[Job]) -> int:
     return max(job.settings.gradient_accumulation_steps for job in jobs)
 
 
+def _scaled(batch: Batch, ready: Pass) -> Pass:
+    """With the weights of jobs that scale their losses multiplied: only now, as the step before decides by how much."""
+    if all(job.scale is None for job, _ in batch):
+        return ready
+    device = batch[0][0].flat.values_P.device
+    one = torch.ones((), device=device)
+    scales_N = torch.stack([one if job.scale is None else job.scale.value for job, _ in batch])
+    return ready._replace(weights_N=ready.weights_N.to(device, non_blocking=True) * scales_N)
+
+
 def _sums(jobs: Sequence[Job], parts: Sequence[tuple[Batch, Tensor]]) -> Tensor:
     places = {job.slot: place for place, job in enumerate(jobs)}
     device = parts[0][1].device
@@ -72,6 +83,9 @@ def _sums(jobs: Sequence[Job], parts: Sequence[tuple[Batch, Tensor]]) -> Tensor:
         lengths = [len(example.input_ids) if example is not NOTHING else 0 for _, example in batch]
         sums[:, 0].index_add_(0, rows_N, losses_N.double())
         sums[:, 1].index_add_(0, rows_N, _to_device(lengths, torch.float64, device))
+    for place, job in enumerate(jobs):
+        if job.scale is not None:
+            sums[place, 0] /= job.scale.value
     return sums
 
 

@@ -26,6 +26,7 @@ from veneer.train.optim import (
     start_optimizer,
 )
 from veneer.train.parts import PartedParameters, by_layer
+from veneer.train.scale import LossScale
 from veneer.train.schedule import factor
 
 # What a checkpoint keeps of a job beside its tensors.
@@ -55,6 +56,7 @@ class Job:
     validation: Sequence[Example]
     learning_rate: float
     methods: Mapping[str, Method]  # by path: what is trained
+    scaled: bool = False  # whether losses are scaled: the products are in float16
     step: int = 0  # optimiser steps taken
     tokens: int = 0  # gone through training steps, and the seconds they took, over all resumptions
     seconds: float = 0.0
@@ -73,6 +75,7 @@ class Job:
         self.parted = PartedParameters(by_layer(self.methods)) if self.settings.optimizer_in_bwd else None
         self.flat = self.parted or self._flat()
         self.optimizer = start_optimizer(self.flat, self.settings)
+        self.scale = LossScale(self.flat.values_P.device) if self.scaled else None
         # Whether all losses and gradients so far were; a tensor, so that the device can ask.
         self.finite = torch.tensor(True, device=self.flat.values_P.device)
         epoch = self.batches.steps_per_epoch
@@ -137,11 +140,15 @@ class Job:
         """Clips, steps and clears; returns the rate and the gradient's norm, a scalar tensor. Nothing is waited for.
 
         loss: a scalar tensor on the adapter's device. Where it or the gradient is not finite the adapter stays as it
-        is, then and in every later step; `step` counts on until `fail` sets it back.
+        is, then and in every later step; `step` counts on until `fail` sets it back. Where losses are scaled a
+        gradient that is not finite is one skipped step, as long as a lower scale can help.
         """
         self._set_rate()
         rate, finite = self.rate, self.finite & torch.isfinite(loss)
-        norm, self.finite = self.flat.step(self.optimizer, finite, self.settings.max_grad_norm)
+        if self.scale is not None:
+            self.flat.grads_P.div_(self.scale.value)
+        norm, taken = self.flat.step(self.optimizer, finite, self.settings.max_grad_norm)
+        self.finite = taken if self.scale is None else finite & ~self.scale.update(finite, finite & ~taken)
         self.step += 1
         self.flat.clear()
         return rate, norm
@@ -156,8 +163,8 @@ class Job:
         self.failure = NonFiniteLossError(
             f"{self.slot}: step {step} of {self.total} gave loss {loss:g} and gradient norm {norm:g} at learning "
             f"rate {rate:.3g} (last finite loss {self.last_loss:.4g}; rows {rows} of the data). The adapter was "
-            f"{updated}. Next: a lower --learning-rate (try {rate / 3:.1g}), or look at these rows; the last "
-            "checkpoint stands."
+            f"{updated}. Next: a lower --learning-rate (try {rate / 3:.1g}){', --dtype bfloat16' * self.scaled}, or "
+            "look at these rows; the last checkpoint stands."
         )
 
     def note_validation(self, loss: float) -> None:
@@ -182,6 +189,8 @@ class Job:
         tensors["values"] = self.flat.values_P.data
         if self.best_P is not None:
             tensors["best"] = self.best_P
+        if self.scale is not None:
+            tensors["loss_scale"] = self.scale.state_3
         return tensors, {name: getattr(self, name) for name in PROGRESS} | {"optimizer": counts}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -194,4 +203,6 @@ class Job:
         if self.step:
             restore_optimizer(self.optimizer, tensors, numbers["optimizer"])
         self.flat.values_P.data.copy_(tensors["values"])
+        if self.scale is not None:
+            self.scale.state_3.copy_(tensors["loss_scale"])
         self.best_P = tensors["best"].to(self.flat.values_P, copy=True) if "best" in tensors else None

@@ -18,6 +18,7 @@ from torch import nn
 
 from veneer.errors import NonFiniteLossError, listed
 from veneer.model.losses import STREAM, sequence_nll, streams_of
+from veneer.train.allocator import give_back_freed_memory
 from veneer.train.feed import NOTHING, Feed
 from veneer.train.job import Job
 from veneer.train.memory import memory_explained
@@ -25,6 +26,7 @@ from veneer.train.passes import Passes
 from veneer.train.ranks import ALONE, Ranks
 from veneer.train.step import Record, StepReader, begin_step
 
+TIDY = 8  # steps on a CPU after which freed memory goes back to the system
 Save = Callable[[Sequence[Job]], object]
 
 
@@ -48,10 +50,11 @@ def loop(
     ahead = _device(jobs).type == "cuda" if ahead is None else ahead
     with memory_explained(model, jobs, ranks):
         _run(Feed(Passes(model, graphs), ranks), jobs, record, save, ahead)
-    _raise_failures(jobs)
+    raise_failures(jobs)
 
 
-def _raise_failures(jobs: Sequence[Job], cause: BaseException | None = None) -> None:
+def raise_failures(jobs: Sequence[Job], cause: BaseException | None = None) -> None:
+    """Raises NonFiniteLossError where jobs have failed."""
     failures = [str(job.failure) for job in jobs if job.failure]
     if failures:
         error = NonFiniteLossError(listed("training stopped:", failures) if len(failures) > 1 else failures[0])
@@ -62,23 +65,24 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
     model, ranks = feed.passes.model, feed.ranks
     for job in jobs:
         if job.step == 0:
-            _validate(model, job, record, ranks)
+            validate(model, job, record, ranks)
     reader = StepReader(record)
     while active := [job for job in jobs if not job.done]:
         try:
             step = begin_step(feed, active)
         except BaseException as error:
             reader.salvage()  # what has been computed is told, and where it failed, that is the cause
-            _raise_failures(jobs, error)
+            raise_failures(jobs, error)
             raise
         reader.push(step)
         pausing = any(job.done or job.step % job.eval_steps == 0 or job.step % job.save_steps == 0 for job in active)
         if ahead and not pausing:
             continue
+        _tidy(active)  # before the step is read, so that it counts as the step's time
         reader.flush()
         for job in active:
             if not job.failure and (job.step % job.eval_steps == 0 or job.step == job.total):
-                _validate(model, job, record, ranks)
+                validate(model, job, record, ranks)
         if any(job.step % job.save_steps == 0 for job in active if not job.failure):
             save(jobs)
         reader.last_read = time.perf_counter()
@@ -86,7 +90,13 @@ def _run(feed: Feed, jobs: Sequence[Job], record: Record, save: Save, ahead: boo
         job.finish()
 
 
-def _validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
+def _tidy(jobs: Sequence[Job]) -> None:
+    if jobs[0].step % TIDY == 0 and _device(jobs).type == "cpu":
+        give_back_freed_memory()
+
+
+def validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
+    """The job's loss on its validation rows, recorded and noted; nothing without such rows."""
     if not job.validation:
         return
     started = time.perf_counter()

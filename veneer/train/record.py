@@ -12,6 +12,7 @@ import torch
 
 from veneer.train.bars import Bar, bar
 from veneer.train.job import Job
+from veneer.train.trackers import Tracking
 
 METRICS = "metrics.jsonl"
 
@@ -19,8 +20,16 @@ METRICS = "metrics.jsonl"
 class Recorder:
     """Appends facts to metrics.jsonl and shows them; after a resume, lines beyond the checkpoint are dropped."""
 
-    def __init__(self, output_dir: Path, jobs: Sequence[Job], progress: bool, writes: bool = True) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        jobs: Sequence[Job],
+        progress: bool,
+        writes: bool = True,
+        tracking: Tracking | None = None,
+    ) -> None:
         self.writes = writes  # of several processes, one
+        self.tracking = tracking
         self.file = output_dir / METRICS
         self.jobs = jobs
         self._drop_lines_beyond({job.slot: job.step for job in jobs})
@@ -44,9 +53,12 @@ class Recorder:
         self._show(job, facts)
 
     def _write(self, line: dict[str, Any]) -> None:
+        line = {key: _finite(value) for key, value in line.items()}
         if self.writes:
             with self.file.open("a") as out:
-                out.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+                out.write(json.dumps(line) + "\n")
+        if self.tracking is not None:
+            self.tracking.log(line)
 
     def _show(self, job: Job, facts: dict[str, Any]) -> None:
         if self.bar is None:

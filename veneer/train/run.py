@@ -5,34 +5,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel
 
-from veneer.adapter.attach import attach, methods_of, take
+from veneer.adapter.attach import methods_of, take
 from veneer.config import RunConfig, write_yaml
 from veneer.errors import ConfigError
 from veneer.model.layers import as_they_were
-from veneer.model.load import Loaded, load, load_config, load_tokenizer
-from veneer.model.quantised import Way, check_way
+from veneer.model.load import Loaded
 from veneer.train import checkpoint
-from veneer.train.allocator import growing_segments, keep_freed_memory
 from veneer.train.fit import fit
-from veneer.train.job import Job, total_steps
+from veneer.train.job import Job
 from veneer.train.loop import loop
-from veneer.train.optim import check_optimizer
+from veneer.train.prepare import SLOT, current, prepare
 from veneer.train.ranks import Ranks, joined
 from veneer.train.record import Recorder, machine, peak_memory_bytes
-from veneer.train.rows import TrainingData, read_data
-from veneer.train.schedule import Rate, choose_rate
-from veneer.train.shard import check_shardable, gathered, shard
+from veneer.train.rows import TrainingData
+from veneer.train.schedule import Rate
+from veneer.train.shard import gathered
+from veneer.train.trackers import Tracking
 
-SLOT = "default"
 # Options that may change between a run and its resumption: they do not touch a single byte of the adapter,
 FREE = (
     "output_dir",
@@ -44,6 +40,9 @@ FREE = (
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",
+    "report_to",
+    "run_name",
+    "project_name",
 )
 # or, as long as their product is the same, only the rounding of its sums.
 PASSES = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -65,20 +64,11 @@ class TrainResult:
     best_step: int
     learning_rate: float
     peak_memory_bytes: int
+    warnings: tuple[str, ...]  # settings that are known to hurt
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
-
-
-def plan(config: RunConfig) -> dict[str, Any]:
-    """What `train` would do, without loading weights."""
-    _check_machine(config)
-    data = read_data(config, load_tokenizer(config.base_model))
-    steps = total_steps(config.train, len(data.train))
-    rate = choose_rate(config.train, config.lora, load_config(config.base_model), steps)
-    facts = {**data.facts(), "steps": steps, "learning_rate": rate.value, "learning_rate_why": rate.reason}
-    return {**facts, "options": config.to_flat(), "notes": list(data.notes)}
+        return {**dataclasses.asdict(self), "warnings": list(self.warnings), "notes": list(self.notes)}
 
 
 def train(
@@ -95,36 +85,15 @@ def train(
 
 
 def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | None, ranks: Ranks) -> TrainResult:
-    keep_freed_memory()
-    growing_segments()
-    _check_machine(config)
-    check_shardable(config.train.fsdp, ranks)
-    if config.train.optimizer_in_bwd and ranks.world > 1:
-        raise ConfigError("--optimizer-in-bwd updates before gradients could be summed over processes; leave it out")
     say = Console(stderr=True, highlight=False, quiet=not progress).print
-    output, notes = Path(config.output_dir), []
+    output = Path(config.output_dir)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output-dir {output} is a file; name a folder")
-    tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
-    data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
-    dtype, device = _place(config)
-    loaded = loaded or load(
-        config.base_model, dtype, device, tokenizer=tokenizer, storage=config.storage, progress=progress
-    )
-    attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
-    if config.train.fsdp:
-        shard(loaded.model, ranks)
-    _check_recompute(loaded.model, config.train.gradient_checkpointing)
-    steps = total_steps(config.train, len(data.train))
-    rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
-    job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods_of(loaded.model, SLOT))
+    loaded, data, job, rate, notes, warnings = prepare(config, ranks, loaded, progress)
     identity = _identity(config, loaded, rate, data)
-    notes += [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
-    notes += [
-        *_slow_storage(loaded.model, loaded),
-        *_sharing(job, ranks),
-        *_start(output, config, [job], identity, resume, ranks),
-    ]
+    notes += _start(output, config, [job], identity, resume, ranks)
+    for warning in warnings:
+        say(f"warning: {warning}")
     for note in notes:
         say(f"note: {note}")
 
@@ -133,17 +102,20 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
             checkpoint.save(output, jobs, identity, config.train.save_total_limit, ranks.world)
 
     try:
-        with _current(job.flat.values_P.device):
+        with current(job.flat.values_P.device):
             graphs, fitted = fit(loaded.model, job, config.train, ranks)
             for note in fitted:
                 say(f"note: {note}")
-            with Recorder(output, [job], progress, ranks.is_main) as record:
+            with (
+                Tracking(config, job.step, ranks.is_main) as tracking,
+                Recorder(output, [job], progress, ranks.is_main, tracking) as record,
+            ):
                 loop(loaded.model, [job], record=record, save=save, ranks=ranks, graphs=graphs)
     finally:
         as_they_were(loaded.model)
     notes += fitted
     notes += _verdict(job)
-    result = _result(config, job, notes)
+    result = _result(config, job, warnings, notes)
     facts = {
         "options": config.to_flat(),
         "data": data.facts(),
@@ -158,42 +130,6 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     return result
 
 
-def _current(device: torch.device) -> AbstractContextManager:
-    """Inside, what asks for the current GPU (its memory, its streams) means this one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _check_machine(config: RunConfig) -> None:
-    """Raises ConfigError or ModelError where this machine lacks what the options ask for."""
-    check_optimizer(config.train.optim)
-    on_gpu = torch.cuda.is_available()
-    if config.storage == "fp8" and config.train.fsdp:
-        raise ConfigError("--load-in-fp8 is not shared out by --fsdp; next: --load-in-8bit, or leave --fsdp out")
-    if config.lora.method == "dora" and config.train.fsdp:
-        raise ConfigError("--method dora asks for whole rows of the base, and --fsdp shares them out; leave one out")
-    check_way(Way(config.storage, torch.bfloat16, torch.device("cuda" if on_gpu else "cpu")))
-    if config.train.gradient_checkpointing == "offload" and not on_gpu:
-        raise ConfigError(
-            "--gradient-checkpointing offload moves what a GPU holds to the host, and torch sees no GPU; "
-            "next: --gradient-checkpointing"
-        )
-
-
-def _slow_storage(model: PreTrainedModel, loaded: Loaded) -> list[str]:
-    if model.device.type != "cpu" or loaded.storage.startswith("dense"):
-        return []
-    return [
-        f"the base is stored as {loaded.storage} and decoded for every product: on a CPU that saves memory and takes "
-        "several times as long"
-    ]
-
-
-def _check_recompute(model: PreTrainedModel, wanted: bool | str) -> None:
-    dropouts = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if wanted in (True, "offload") and dropouts:
-        raise ConfigError(f"--gradient-checkpointing: this base has dropout of its own ({', '.join(dropouts[:3])})")
-
-
 def _identity(config: RunConfig, loaded: Loaded, rate: Rate, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
     options = {name: value for name, value in config.to_flat().items() if name not in (*FREE, *PASSES)}
@@ -206,30 +142,6 @@ def _identity(config: RunConfig, loaded: Loaded, rate: Rate, data: TrainingData)
         f"rows in a step, {' x '.join(PASSES)}": rows,
         "base_weights": loaded.fingerprint.weights,
     }
-
-
-def _place(config: RunConfig) -> tuple[str, str]:
-    """In what dtype and where to load. A base to share out is too large for one GPU: it comes by way of the CPU."""
-    if not (config.train.fsdp and torch.cuda.is_available()):
-        return config.dtype, "auto"
-    return "bfloat16" if config.dtype == "auto" else config.dtype, "cpu"
-
-
-def _sharing(job: Job, ranks: Ranks) -> list[str]:
-    """What a user should know of how several processes share the work."""
-    if ranks.world == 1:
-        return []
-    size = job.settings.per_device_train_batch_size
-    each = math.ceil(size / ranks.world)
-    notes = [
-        f"{ranks.world} processes share each forward pass of {size} rows, up to {each} each, for the same steps that "
-        "one process takes"
-    ]
-    if size < ranks.world:
-        notes.append(f"{ranks.world - size} of them have no rows: raise --per-device-train-batch-size")
-    if any(method.dropout for method in job.methods.values()):
-        notes.append("dropout draws other masks than with another number of processes")
-    return notes
 
 
 def _start(
@@ -281,6 +193,10 @@ def _verdict(job: Job) -> list[str]:
         notes.append(
             f"stopped early at step {job.step} of {job.total}: no better validation loss since step {job.best_step}"
         )
+    if job.scale is not None and (scaling := job.scale.read()).skipped:
+        notes.append(
+            f"{scaling.skipped} steps were skipped for gradients beyond float16; the loss scale is {scaling.scale:g}"
+        )
     if job.best_P is not None and job.best_step < job.step:
         notes.append(
             f"kept the adapter of step {job.best_step}, validation loss {job.best_loss:.4f}; later steps were worse"
@@ -292,7 +208,7 @@ def _verdict(job: Job) -> list[str]:
     return notes
 
 
-def _result(config: RunConfig, job: Job, notes: list[str]) -> TrainResult:
+def _result(config: RunConfig, job: Job, warnings: list[str], notes: list[str]) -> TrainResult:
     validated = [line["loss"] for line in job.history if line["split"] == "eval"]
     return TrainResult(
         output_dir=config.output_dir,
@@ -307,5 +223,6 @@ def _result(config: RunConfig, job: Job, notes: list[str]) -> TrainResult:
         best_step=job.best_step,
         learning_rate=job.learning_rate,
         peak_memory_bytes=peak_memory_bytes(job.flat.values_P.device),
+        warnings=tuple(warnings),
         notes=tuple(notes),
     )

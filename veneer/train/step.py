@@ -16,6 +16,7 @@ from torch import Tensor
 
 from veneer.train.feed import Feed
 from veneer.train.job import Job
+from veneer.train.scale import LEAST
 
 PATIENCE = 10.0  # seconds that a step may still take after an error in the next
 Record = Callable[[Job, dict], None]
@@ -25,7 +26,7 @@ class PendingStep(NamedTuple):
     """A step on its way."""
 
     asked: list[tuple[Job, dict[str, Any]]]  # what is known of each job's step beforehand
-    answers: Tensor  # (jobs, 3) float64, on the host: loss, tokens, norm of the gradient
+    answers: Tensor  # (jobs, 5) float64, on the host: loss, tokens, norm of the gradient; loss scale, steps skipped
     arrived: torch.cuda.Event | None  # when they are there; None: they are
 
 
@@ -34,15 +35,17 @@ def begin_step(feed: Feed, jobs: Sequence[Job]) -> PendingStep:
     for job in jobs:
         job.begin()
     losses = feed.ranks.sum_(feed.computed(jobs))  # over the rows of all processes, for each job
-    asked, norms = [], []
+    asked, norms, scales = [], [], []
     for job, loss in zip(jobs, losses[:, 0], strict=True):
         if job.parted is None:
             feed.ranks.sum_(job.flat.grads_P)
         facts = {"split": "train", "step": job.step + 1, "targets": job.targets_of_step()}
+        used = job.scale.state_3[0] if job.scale else torch.zeros_like(loss)
         rate, norm = job.update(loss)
         asked.append((job, {**facts, "learning_rate": rate}))
         norms.append(norm)
-    answers = torch.cat([losses, torch.stack(norms).double().unsqueeze(1)], 1)
+        scales.append(torch.stack([used, job.scale.state_3[2]]) if job.scale else used.expand(2))
+    answers = torch.cat([losses, torch.stack(norms).double().unsqueeze(1), torch.stack(scales)], 1)
     there = answers.to("cpu", non_blocking=True)
     return PendingStep(asked, there, torch.cuda.current_stream().record_event() if answers.is_cuda else None)
 
@@ -82,15 +85,18 @@ class StepReader:
     def _read(self, step: PendingStep) -> None:
         ended = time.perf_counter()
         seconds, self.last_read = ended - self.last_read, ended
-        for (job, asked), (loss, tokens, norm) in zip(step.asked, step.answers.tolist(), strict=True):
-            self._tell(job, asked, loss, int(tokens), norm, seconds)
+        for (job, asked), answer in zip(step.asked, step.answers.tolist(), strict=True):
+            self._tell(job, asked, answer, seconds)
 
-    def _tell(self, job: Job, asked: dict[str, Any], loss: float, tokens: int, norm: float, seconds: float) -> None:
+    def _tell(self, job: Job, asked: dict[str, Any], answer: list[float], seconds: float) -> None:
+        loss, tokens, norm, scale, skipped = answer
         if job.failure:  # in the step before: this one has changed nothing
             return
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        lowered = scale > LEAST  # then infinite gradients are a step skipped
+        if not (math.isfinite(loss) and (math.isfinite(norm) or lowered)):
             job.fail(asked["step"], loss, norm, asked["learning_rate"])
             return
-        job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + tokens
-        facts = {"loss": loss, "learning_rate": asked["learning_rate"], "grad_norm": norm, "tokens": tokens}
-        self.record(job, {**asked, **facts, "seconds": seconds})
+        job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + int(tokens)
+        facts = {"loss": loss, "learning_rate": asked["learning_rate"], "grad_norm": norm, "tokens": int(tokens)}
+        scaling = {"loss_scale": scale, "skipped_steps": int(skipped)} if job.scale else {}
+        self.record(job, {**asked, **facts, **scaling, "seconds": seconds})
