@@ -21,8 +21,9 @@ from veneer.errors import TrainingError
 from veneer.model.load import Loaded, load
 from veneer.model.losses import sequence_nll
 from veneer.model.quantised import storage_class
-from veneer.train.prepare import SLOT, train
+from veneer.train.prepare import SLOT
 from veneer.train.rows import read_data
+from veneer.train.run import train
 
 MEASURED = Path(__file__).resolve().parent.parent / "docs" / "learn" / "measured.json"
 LAYER = "model.layers.15.self_attn.q_proj"
