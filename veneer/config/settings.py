@@ -88,7 +88,8 @@ def _canonical(cls: type[Settings], source: Mapping[str, Any], spell: Spell, fau
 def _longhand(source: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, Any]]]:
     """Each key as it is written, and what it says: `fp16: true` is a value of `dtype`, `fp16: false` nothing."""
     for key, value in source.items():
-        spelling, said = str(key).replace("-", "_"), str(value).lower()
+        spelling = str(key).replace("-", "_")
+        said = str(value).lower() if isinstance(value, (bool, str)) else ""  # a list's text may be gigabytes
         name, meant = SHORTHANDS.get(spelling, (spelling, value))
         if name == spelling or name not in options:
             yield str(key), (spelling, value)
