@@ -58,9 +58,9 @@ def test_a_pair_moves_as_one_and_is_labelled(chatml):
     found = encode(rows, Template(chatml), 1000, "rows")
     assert len(found.pairs) == 4 and [one.row for one in found.examples] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert found.groups()[0] == found.groups()[1] != found.groups()[2]
-    assert found.pick([2]) == found.pairs[2]
+    assert found.pick([2]) == (found.pairs[2],)
     assert [found.label(i) for i in (0, 3)] == ["row 1, chosen", "row 2, rejected"]
-    assert all(chosen.prompt == rejected.prompt for chosen, rejected in found.pairs)
+    assert all(chosen.prompt == rejected.prompt for chosen, rejected in (pair.sequences for pair in found.pairs))
 
 
 def test_answers_are_cut_and_counted(chatml):
@@ -115,7 +115,8 @@ def test_real_pairs(shared_data, chatml):
     rows = read_rows(shared_data / "preference" / "pairs.jsonl")[:40]
     found = encode(rows, Template(chatml), 20_000, "pairs")
     assert len(found.pairs) == len(rows)
-    for row, (chosen, rejected) in zip(rows, found.pairs, strict=True):
+    for row, pair in zip(rows, found.pairs, strict=True):
+        chosen, rejected = pair.sequences
         for side, example in (("chosen", chosen), ("rejected", rejected)):
             answer = chatml.decode([i for i, on in zip(example.input_ids, example.targets, strict=True) if on])
             assert answer == f"{row[side]}<|im_end|>"

@@ -40,7 +40,7 @@ def test_a_step_takes_its_rows_in_turn(pico: Any, job: Any, examples: Any) -> No
         one.step = step
         seen += [example.row for micro in range(2) for example in one.rows(micro)]
         targets = sum(sum(example.targets) for micro in range(2) for example in one.rows(micro))
-        assert one.targets_of_step() == targets
+        assert one.terms_of_step() == targets
     assert sorted(seen) == list(range(12))  # two steps are an epoch here
 
 

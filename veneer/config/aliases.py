@@ -34,6 +34,8 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "validation_split": ("val_set_size", "val_size", "test_size", "eval_split"),
     "max_length": ("sequence_len", "cutoff_len", "max_seq_length", "max_seq_len"),
     "system_prompt": ("system", "default_system"),
+    "loss": ("loss_name",),
+    "beta": ("pref_beta", "dpo_beta", "rl_beta"),
     "learning_rate": ("lr",),
     "num_train_epochs": ("epochs", "num_epochs"),
     "max_steps": ("steps", "iters"),

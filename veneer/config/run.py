@@ -133,6 +133,11 @@ class TrainSettings(Settings):
 
     group: ClassVar[str] = "Training"
 
+    loss: Literal["cross_entropy", "dpo"] = Field(
+        default="cross_entropy",
+        description="what is minimised; dpo: of pairs `chosen` and `rejected`, against the base (arXiv:2305.18290)",
+    )
+    beta: float = Field(default=0.1, gt=0, description="of dpo: the larger, the nearer answers stay to the base's")
     learning_rate: RateOrAuto = Field(
         default=None, description="peak learning rate; default: from the base's width, said aloud"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,48 @@ class Example:
     dropped: int  # tokens cut off by max_length
 
     @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What goes through the model."""
+        return (self,)
+
+    @property
+    def terms(self) -> int:
+        """What it counts in a loss: its trained tokens that have one before them."""
+        return sum(self.targets[1:])
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         """What stands before the first trained token."""
         return self.input_ids[: self.targets.index(True)]
+
+
+@dataclass(frozen=True)
+class ExamplePair:
+    """A chosen answer and a rejected one to the same prompt: trained on, split and drawn as one."""
+
+    chosen: Example
+    rejected: Example
+    terms: ClassVar[int] = 1
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        return (self.chosen, self.rejected)
+
+    @property
+    def row(self) -> int:
+        return self.chosen.row
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """Of both, one after the other."""
+        return self.chosen.input_ids + self.rejected.input_ids
+
+    @property
+    def targets(self) -> tuple[bool, ...]:
+        return self.chosen.targets + self.rejected.targets
+
+
+Unit = Example | ExamplePair  # what is drawn, split and counted as one
 
 
 @dataclass(frozen=True)
@@ -37,7 +77,7 @@ class EncodedRows:
         """One value for each unit; units of equal values belong on one side of a split."""
         return [example.prompt for example in self.examples]
 
-    def pick(self, units: Iterable[int]) -> tuple[Example, ...]:
+    def pick(self, units: Iterable[int]) -> tuple[Any, ...]:
         """The examples of some units, in their order."""
         return tuple(map(self.examples.__getitem__, units))
 

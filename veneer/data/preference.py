@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from veneer.data.examples import EncodedRows, Example
+from veneer.data.examples import EncodedRows, Example, ExamplePair
 from veneer.data.files import shortened
 from veneer.data.layouts import Conversation, Message, plain_turn, read_messages, read_prompt
 from veneer.data.tools import read_tools
@@ -39,16 +39,15 @@ class EncodedPairs(EncodedRows):
     """`examples` holds the pairs one after another, chosen before rejected; a split moves a pair as one."""
 
     @property
-    def pairs(self) -> list[tuple[Example, Example]]:
-        """(chosen, rejected) of each row. Both begin with the same ids, `example.prompt`."""
-        return list(zip(self.examples[::2], self.examples[1::2], strict=True))
+    def pairs(self) -> list[ExamplePair]:
+        """Of each row. Both answers begin with the same ids, `example.prompt`."""
+        return list(map(ExamplePair, self.examples[::2], self.examples[1::2]))
 
     def groups(self) -> list[Any]:
-        return [chosen.prompt for chosen, _ in self.pairs]
+        return [pair.chosen.prompt for pair in self.pairs]
 
-    def pick(self, units: Any) -> tuple[Example, ...]:
-        pairs = self.pairs
-        return tuple(example for unit in units for example in pairs[unit])
+    def pick(self, units: Any) -> tuple[ExamplePair, ...]:
+        return tuple(map(self.pairs.__getitem__, units))
 
     def label(self, index: int) -> str:
         return f"{super().label(index)}, {SIDES[index % 2]}"

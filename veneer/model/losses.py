@@ -7,7 +7,7 @@ Logits exist only for rows that have a target, and only a chunk of them at a tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,12 @@ CHUNK = 512  # rows of logits alive at once, at least
 CHUNKS, MOST = 8, 2048
 STREAM = 4096  # tokens that are evaluated in one forward pass
 
-# name -> "module:function"; (model, stream, targets) -> sum_N, count_N
+# name -> "module:function"; (model, stream, targets, options by name) -> sum_N, count_N
 LOSSES: dict[str, str] = {
     "cross_entropy": "veneer.model.losses:cross_entropy",
+    "dpo": "veneer.model.dpo:dpo",
 }
+Loss = Callable[[nn.Module, Stream, "Targets"], tuple[Tensor, Tensor]]
 
 
 class Targets(NamedTuple):

@@ -9,6 +9,7 @@ keeps the model's own attention and speaks with the wiring's `voice`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,24 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
             yield
     finally:
         wiring.stream = wiring.whole = wiring.thin = None
+        wiring.waiting.clear()
+
+
+@contextmanager
+def silenced(model: nn.Module) -> Iterator[None]:
+    """Inside `running`, without gradients: the same stream, and nobody speaks, so that it is the base's."""
+    wiring = wiring_of(model)
+    stream, spoken = wiring.stream, wiring.whole
+    if stream is None:
+        raise RuntimeError("no stream is running on this model")
+    silent = dataclasses.replace(stream, spans=())
+    silent.plans.update(stream.plans)
+    wiring.stream, wiring.whole = silent, None
+    try:
+        yield
+    finally:
+        wiring.stream, wiring.whole = stream, spoken
+        wiring.thin = None
         wiring.waiting.clear()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from veneer.bases.base import Base
 from veneer.config import RunConfig
-from veneer.data.chat import Example
+from veneer.data.examples import Unit
 from veneer.model.layers import as_they_were
 from veneer.model.losses import STREAM, streams_of
 from veneer.train import checkpoint
@@ -178,7 +178,7 @@ def base_parameters(model: nn.Module) -> int:
     return sum(base.out_features * base.in_features for base in bases) + biases + sum(others.values())
 
 
-def _tokens(examples: Sequence[Example]) -> int:
+def _tokens(examples: Sequence[Unit]) -> int:
     return sum(len(example.input_ids) for example in examples)
 
 

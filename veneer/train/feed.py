@@ -13,11 +13,10 @@ from torch import Tensor
 
 from veneer.data.chat import Example
 from veneer.train.job import Job
+from veneer.train.objective import NOTHING
 from veneer.train.passes import Pass, Passes
 from veneer.train.ranks import ALONE, Ranks
 
-# For a process without rows: where the base is sharded, all run a pass or none can. It trains nothing.
-NOTHING = Example((0,), (False,), -1, 0)
 Batch = list[tuple[Job, Example]]
 
 
@@ -51,13 +50,14 @@ class Feed:
     def ready(self, jobs: Sequence[Job], micro: int, later: int) -> tuple[Batch, Pass]:
         """Micro-batch `micro` of the step that comes `later` steps after the coming one."""
         ranks = self.ranks
-        batch = [(job, example) for job in jobs for example in ranks.share(job.rows(micro, later))]
-        batch = batch or [(jobs[0], NOTHING)]
+        units = [(job, unit) for job in jobs for unit in ranks.share(job.rows(micro, later))]
+        units = units or [(jobs[0], jobs[0].objective.nothing)]
+        batch = [(job, example) for job, unit in units for example in unit.sequences]
         keys = {job.slot: key for job in jobs if (key := job.dropout_key(micro, ranks.rank, later)) is not None}
-        targets = {job.slot: job.targets_of_step(later) for job in jobs}
+        targets = {job.slot: job.terms_of_step(later) for job in jobs}
         sequences, trained = zip(*((example.input_ids, example.targets) for _, example in batch), strict=True)
         weights, slots = [1.0 / targets[job.slot] for job, _ in batch], [job.slot for job, _ in batch]
-        return batch, self.passes.ready(sequences, trained, weights, slots, keys)
+        return batch, self.passes.ready(sequences, trained, weights, slots, keys, jobs[0].objective.loss)
 
 
 def _micros(jobs: Sequence[Job]) -> int:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from veneer.config import TrainSettings
 from veneer.data.batches import Batches
-from veneer.data.chat import Example
+from veneer.data.examples import Unit
 from veneer.errors import CheckpointError, NonFiniteLossError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
+from veneer.train.objective import Objective
 from veneer.train.optim import (
     FlatParameters,
     by_family,
@@ -52,8 +53,8 @@ class Job:
 
     slot: str
     settings: TrainSettings
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: Sequence[Unit]
+    validation: Sequence[Unit]
     learning_rate: float
     methods: Mapping[str, Method]  # by path: what is trained
     scaled: bool = False  # whether losses are scaled: the products are in float16
@@ -70,6 +71,7 @@ class Job:
     history: list[dict] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.objective = Objective(self.settings)
         self.total = total_steps(self.settings, len(self.train))
         self.batches = _batches(self.settings, len(self.train))
         self.parted = PartedParameters(by_layer(self.methods)) if self.settings.optimizer_in_bwd else None
@@ -95,7 +97,7 @@ class Job:
         """Epochs gone through after that many steps."""
         return step / self.batches.steps_per_epoch
 
-    def rows(self, micro: int, later: int = 0) -> list[Example]:
+    def rows(self, micro: int, later: int = 0) -> list[Unit]:
         """The examples of micro-batch `micro` of the coming step, or of one that many steps later; none where the
         epoch's last step is a short one."""
         size = self.settings.per_device_train_batch_size
@@ -112,10 +114,10 @@ class Job:
         step = self.step + later
         return dropout_key(self.settings.seed, who, step * self.settings.gradient_accumulation_steps + micro)
 
-    def targets_of_step(self, later: int = 0) -> int:
+    def terms_of_step(self, later: int = 0) -> int:
         """Trained tokens of that step, over all its micro-batches: what its loss is averaged over."""
         count = self.settings.gradient_accumulation_steps
-        return sum(sum(example.targets[1:]) for micro in range(count) for example in self.rows(micro, later))
+        return sum(unit.terms for micro in range(count) for unit in self.rows(micro, later))
 
     @property
     def rate(self) -> float:

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from veneer.errors import NonFiniteLossError, listed
-from veneer.model.losses import STREAM, sequence_nll, streams_of
+from veneer.model.losses import STREAM, streams_of
 from veneer.train.allocator import give_back_freed_memory
-from veneer.train.feed import NOTHING, Feed
+from veneer.train.feed import Feed
 from veneer.train.job import Job
 from veneer.train.memory import memory_explained
 from veneer.train.passes import Passes
@@ -100,17 +100,18 @@ def validate(model: nn.Module, job: Job, record: Record, ranks: Ranks) -> None:
     if not job.validation:
         return
     started = time.perf_counter()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)
     for group in streams_of(job.validation, STREAM * ranks.world):
-        rows = ranks.share(group) or [NOTHING]
+        rows = ranks.share(group) or [job.objective.nothing]
         # All rows in one pass: every process must make as many.
-        sums += torch.tensor(sequence_nll(model, rows, job.slot, max_tokens=sys.maxsize), dtype=torch.float64).sum(0)
-    nll, targets = ranks.sum_(sums.to(_device([job]))).tolist()
-    loss = nll / targets
+        sums += job.objective.judged(model, rows, job.slot, sys.maxsize)
+    total, terms, right = ranks.sum_(sums.to(_device([job]))).tolist()
+    loss = total / terms
     if math.isfinite(loss):
         job.note_validation(loss)
     seconds = time.perf_counter() - started
-    record(job, {"split": "eval", "step": job.step, "loss": loss, "targets": int(targets), "seconds": seconds})
+    facts = {"split": "eval", "step": job.step, "loss": loss, "targets": int(terms), "seconds": seconds}
+    record(job, facts | job.objective.facts(right, terms))
 
 
 def _device(jobs: Sequence[Job]) -> torch.device:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.model.losses import Targets, cross_entropy, targets_of
+from veneer.model.losses import Loss, Targets, cross_entropy, targets_of
 from veneer.model.packed import running, whole
 from veneer.model.stream import EVEN, Span, Stream, pack
 from veneer.model.varlen import Varlen, varlen_of
@@ -30,11 +30,12 @@ SAVES = 0.1  # sharing beginnings goes before a graph where it spares at least t
 
 
 class Pass(NamedTuple):
-    """One micro-batch, ready to be computed: the loss is Σ over sequences of weight · their sum of cross-entropies."""
+    """One micro-batch, ready to be computed: the loss is Σ over sequences of weight · what `loss` gives each."""
 
     stream: Stream
     targets: Targets
     weights_N: Tensor
+    loss: Loss = cross_entropy
 
 
 class Shape(NamedTuple):
@@ -47,6 +48,7 @@ class Shape(NamedTuple):
     segments: int
     longest: int
     equal: int
+    loss: Loss
 
 
 class Passes:
@@ -64,6 +66,7 @@ class Passes:
         weights: Sequence[float],
         slots: Sequence[str],
         dropout_keys: dict[str, int],
+        loss: Loss = cross_entropy,
     ) -> Pass:
         """Packs a micro-batch, on the CPU: to copy it would wait for what the GPU computes now. It is rounded up to a
         shape that may come back where graphs are recorded."""
@@ -71,7 +74,7 @@ class Passes:
         stream = pack(sequences, slots, "cpu", dropout_keys, share=True, multiple=EVEN)
         if self.graphs and len(stream.token_ids_T) > (1 - SAVES) * tokens:
             stream = pack(sequences, slots, "cpu", dropout_keys, multiple=grain(tokens))
-        made = Pass(stream, targets_of(stream, trained), torch.tensor(weights))
+        made = Pass(stream, targets_of(stream, trained), torch.tensor(weights), loss)
         if _device(self.model).type == "cpu":
             return made
         made = each(made, Tensor.pin_memory)
@@ -123,7 +126,7 @@ def computed(model: nn.Module, ready: Pass) -> Tensor:
     if ready.stream.token_ids_T.device != device:
         ready = each(ready, lambda tensor: tensor.to(device, non_blocking=True))
     with running(model, ready.stream):
-        sums_N, _ = cross_entropy(model, ready.stream, ready.targets)
+        sums_N, _ = ready.loss(model, ready.stream, ready.targets)
         losses_N = sums_N * ready.weights_N
         losses_N.sum().backward()
     return losses_N.detach()
@@ -133,7 +136,7 @@ def each(ready: Pass, change: Callable[[Tensor], Tensor]) -> Pass:
     """The pass with all its tensors changed; what was planned of its stream is planned anew."""
     ids_T, positions_T = change(ready.stream.token_ids_T), change(ready.stream.positions_T)
     stream = dataclasses.replace(ready.stream, token_ids_T=ids_T, positions_T=positions_T)
-    return Pass(stream, Targets(*map(change, ready.targets)), change(ready.weights_N))
+    return Pass(stream, Targets(*map(change, ready.targets)), change(ready.weights_N), ready.loss)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -151,13 +154,13 @@ def shape_of(ready: Pass) -> Shape | None:
     slot, tokens = whole(stream), len(stream.token_ids_T)
     if slot is None or stream.branches:
         return None
-    plan, sequences = varlen_of(stream), len(stream.sequences)
+    plan, sequences, targets = varlen_of(stream), len(stream.sequences), _up(len(ready.targets.rows_M))
     if plan.equal:
         # Every segment has a place of its own in the kernel's grid: as many as there are.
         segments = len(stream.lengths)  # what fills the stream up may be one of them
-        return Shape(slot, tokens, _up(len(ready.targets.rows_M)), sequences, segments, plan.longest, plan.equal)
+        return Shape(slot, tokens, targets, sequences, segments, plan.longest, plan.equal, ready.loss)
     segments, longest = _power(len(stream.lengths)), min(tokens, _power(plan.longest))
-    return Shape(slot, tokens, _up(len(ready.targets.rows_M)), _power(sequences), segments, longest, 0)
+    return Shape(slot, tokens, targets, _power(sequences), segments, longest, 0, ready.loss)
 
 
 def _up(targets: int) -> int:
@@ -207,7 +210,7 @@ def buffers(shape: Shape, device: torch.device) -> Pass:
     starts, key_starts = (torch.zeros(shape.segments + 1, dtype=torch.int32, device=device) for _ in range(2))
     stream.plans["varlen"] = Varlen(starts, key_starts, shape.longest, shape.longest, shape.equal, None)
     targets = Targets(*torch.zeros(3, shape.targets, dtype=torch.int64, device=device))
-    return Pass(stream, targets, torch.zeros(shape.sequences + 1, device=device))
+    return Pass(stream, targets, torch.zeros(shape.sequences + 1, device=device), shape.loss)
 
 
 def fill(here: Pass, ready: Pass) -> None:

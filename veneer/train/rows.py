@@ -11,7 +11,7 @@ from veneer.config import DataSettings, RunConfig
 from veneer.data.batches import split
 from veneer.data.chat import Template
 from veneer.data.encode import encode, family_of
-from veneer.data.examples import EncodedRows, Example
+from veneer.data.examples import EncodedRows, Unit
 from veneer.data.mixture import epoch, shares
 from veneer.data.preference import chosen_alone
 from veneer.data.sources import Source, read_source
@@ -24,8 +24,8 @@ class TrainingData:
     """Examples to train on and to validate on, and what was said about them. `train` is an epoch: where data sets are
     mixed in shares, it has some examples several times."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
+    train: tuple[Unit, ...]
+    validation: tuple[Unit, ...]
     notes: tuple[str, ...]
     sha256: str | list[str]  # of the data set, or of each
     eval_sha256: str | None = None
@@ -46,7 +46,7 @@ def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
     data, seed = config.data, config.train.seed
     template = Template(tokenizer, data.system_prompt)
     sources = [read_source(name, data.columns, limit) for name, limit in zip(data.datasets, data.limits, strict=True)]
-    parts = [_encoded(source, template, data) for source in sources]
+    parts = [_encoded(source, template, data, config.train.loss) for source in sources]
     hashes = [source.sha256() for source in sources]
     sha256 = hashes[0] if len(hashes) == 1 else hashes
     several = len(parts) > 1 or data.eval_dataset is not None
@@ -55,11 +55,13 @@ def read_data(config: RunConfig, tokenizer: Any) -> TrainingData:
         train, validation = _split(parts, data.validation_split, seed, notes)
         return TrainingData(_mixed(train, data, notes, seed), validation, tuple(notes), sha256)
     source = read_source(data.eval_dataset, data.columns)
-    held = _encoded(source, template, data)
+    held = _encoded(source, template, data, config.train.loss)
     train, _ = _split(parts, 0, seed, notes)
     notes += [note for note in _told([source], [held], template, several) if note not in notes]
     notes += _seen_again(parts, held)
-    return TrainingData(_mixed(train, data, notes, seed), held.examples, tuple(notes), sha256, source.sha256())
+    return TrainingData(
+        _mixed(train, data, notes, seed), held.pick(range(len(held.groups()))), tuple(notes), sha256, source.sha256()
+    )
 
 
 def _told(sources: Sequence[Source], parts: Sequence[EncodedRows], template: Template, several: bool) -> list[str]:
@@ -69,8 +71,11 @@ def _told(sources: Sequence[Source], parts: Sequence[EncodedRows], template: Tem
     return list(dict.fromkeys(named))
 
 
-def _encoded(source: Source, template: Template, data: DataSettings) -> EncodedRows:
-    if family_of(source.rows) == "preference":
+def _encoded(source: Source, template: Template, data: DataSettings, loss: str) -> EncodedRows:
+    pairs = family_of(source.rows) == "preference"
+    if loss == "dpo" and not pairs:
+        raise DataError(f"{source.name} holds no preference pairs: --loss dpo needs columns `chosen` and `rejected`.")
+    if pairs and loss != "dpo":
         raise DataError(
             f"{source.name} holds preference pairs, `chosen` and `rejected`: they need a preference loss, --loss dpo. "
             f"To train on the chosen answers alone: {chosen_alone(source.rows[0])}."
@@ -80,7 +85,7 @@ def _encoded(source: Source, template: Template, data: DataSettings) -> EncodedR
 
 def _split(
     parts: Sequence[EncodedRows], share: float | int, seed: int, notes: list[str]
-) -> tuple[list[tuple[Example, ...]], tuple[Example, ...]]:
+) -> tuple[list[tuple[Unit, ...]], tuple[Unit, ...]]:
     """Examples to train on of each data set, and those kept back of all: units of one group on one side, whatever
     data set they are of."""
     each = [part.groups() for part in parts]
@@ -102,9 +107,7 @@ def _split(
     return train, tuple(example for part in validation for example in part)
 
 
-def _mixed(
-    train: Sequence[tuple[Example, ...]], data: DataSettings, notes: list[str], seed: int
-) -> tuple[Example, ...]:
+def _mixed(train: Sequence[tuple[Unit, ...]], data: DataSettings, notes: list[str], seed: int) -> tuple[Unit, ...]:
     """One epoch of all data sets; how much of it each is, is added to `notes`."""
     if len(train) == 1:
         return train[0]

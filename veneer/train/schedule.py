@@ -31,6 +31,8 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
     power = next((power for name, power in WIDTH_POWER.items() if family.startswith(name)), WIDTH_POWER["llama"])
     rate = 5e-5 * 10 * (2000 / hidden) ** power
     reason = f"5e-5 · 10 · (2000 / {hidden})^{power}"
+    if settings.loss == "dpo":  # as TRL's defaults stand to each other: 1e-6 beside 2e-5, for full fine-tuning
+        rate, reason = rate / 20, f"{reason} / 20 for dpo"
     if settings.loraplus_lr_ratio != 1:  # A below and B above the rate that both would have
         rate, reason = rate / settings.loraplus_lr_ratio**0.5, f"{reason} / √{settings.loraplus_lr_ratio:g} for A"
     if steps < SHORT_RUN:

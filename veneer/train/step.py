@@ -39,7 +39,7 @@ def begin_step(feed: Feed, jobs: Sequence[Job]) -> PendingStep:
     for job, loss in zip(jobs, losses[:, 0], strict=True):
         if job.parted is None:
             feed.ranks.sum_(job.flat.grads_P)
-        facts = {"split": "train", "step": job.step + 1, "targets": job.targets_of_step()}
+        facts = {"split": "train", "step": job.step + 1, "targets": job.terms_of_step()}
         used = job.scale.state_3[0] if job.scale else torch.zeros_like(loss)
         rate, norm = job.update(loss)
         asked.append((job, {**facts, "learning_rate": rate}))
