@@ -11,7 +11,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -90,6 +90,7 @@ def test_every_method_is_made_here():
 
 
 @pytest.mark.parametrize("name, base", [pair for pair in PAIRS if pair[0] not in BIASED])
+@settings(max_examples=25)
 @given(**shapes)
 def test_merged_equals_delta(name, base, inside, outside, rank, scale, seed):
     method, frozen = trained(name, inside, outside, rank, scale, seed), make_base(base, inside, outside, seed)
@@ -109,6 +110,7 @@ def test_merged_equals_delta(name, base, inside, outside, rank, scale, seed):
 
 @pytest.mark.parametrize("name, base", PAIRS)
 @pytest.mark.parametrize("init", [name for name, start in INITS.items() if not start.anchored])
+@settings(max_examples=25)
 @given(**shapes)
 def test_a_new_method_is_the_base_to_the_bit(name, base, init, inside, outside, rank, scale, seed):
     frozen = make_base(base, inside, outside, seed)
@@ -120,6 +122,7 @@ def test_a_new_method_is_the_base_to_the_bit(name, base, init, inside, outside, 
 
 
 @pytest.mark.parametrize("name, base", PAIRS)
+@settings(max_examples=25)
 @given(**shapes)
 def test_plain_acts_the_same(name, base, inside, outside, rank, scale, seed):
     method, frozen = trained(name, inside, outside, rank, scale, seed), make_base(base, inside, outside, seed)
@@ -136,6 +139,7 @@ def test_plain_acts_the_same(name, base, inside, outside, rank, scale, seed):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@settings(max_examples=25)
 @given(**shapes)
 def test_from_tensors_is_the_inverse_of_tensors(name, inside, outside, rank, scale, seed):
     """The scale is divided out and multiplied in again: b is off by a rounding each, 2⁻²³ in all; the rest is equal."""
@@ -208,6 +212,7 @@ def test_the_state_is_only_what_is_learned(name):
 
 
 @pytest.mark.parametrize("name, base", PAIRS)
+@settings(max_examples=25)
 @given(**shapes)
 def test_gradients_reach_every_parameter(name, base, inside, outside, rank, scale, seed):
     method, frozen = trained(name, inside, outside, rank, scale, seed), make_base(base, inside, outside, seed)

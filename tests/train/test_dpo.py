@@ -104,7 +104,8 @@ Config = Callable[..., RunConfig]
 
 
 def test_training_prefers_the_chosen(config: Config, pairs: Path, tmp_path: Path) -> None:
-    options = {"dataset": str(pairs), "loss": "dpo", "validation_split": 0.2, "max_steps": 24, "learning_rate": 2e-2, "beta": 2}
+    options = {"dataset": str(pairs), "loss": "dpo", "validation_split": 0.2, "max_steps": 24}
+    options |= {"learning_rate": 2e-2, "beta": 2}
     one = config(**options)
     result = run.train(one, progress=False)
     lines = [json.loads(line) for line in Path(one.output_dir, "metrics.jsonl").read_text().splitlines()]
