@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from veneer.cli.train import COMMAND
-from veneer.config import RunConfig, options_of, read_yaml
+from veneer.config import SHORTHANDS, RunConfig, options_of, read_yaml
 from veneer.errors import ConfigError
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming-from.md"
 OPTIONS = options_of(RunConfig)
 SPELLINGS = {spelling: name for name, option in OPTIONS.items() for spelling in (*option.aliases, name)}
+SPELLINGS |= {short: name for short, (name, _) in SHORTHANDS.items()}
 NEEDED = {"base_model": "smollm2", "dataset": "train.jsonl", "output_dir": "out"}
 
 
@@ -96,7 +97,7 @@ def test_values_that_it_names_are_read(options: dict, wanted: dict) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq"},
         {"init_lora_weights": True},
         {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
         {"lr_scheduler_type": "polynomial"},
