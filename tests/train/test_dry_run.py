@@ -44,8 +44,8 @@ def test_it_counts_what_the_run_then_counts(config: Any, options: dict[str, Any]
     assert facts["trainable_parameters"] == result.trainable_parameters
     assert facts["learning_rate"] == result.learning_rate
     assert facts["warnings"] == list(result.warnings)
-    # A tenth of slack: this process is the same, so its peak can only have grown.
-    assert 0.9 * result.peak_memory_bytes < facts["peak_memory_bytes"] <= result.peak_memory_bytes
+    # This process's own peak so far, and a tenth: most of both is Python and torch.
+    assert facts["peak_memory_bytes"] == pytest.approx(1.1 * result.peak_memory_bytes, rel=0.1)
     assert facts["train_seconds_between"][0] <= facts["train_seconds"] <= facts["train_seconds_between"][1]
     job = Job("x", one.train, result_rows(facts["rows"]), result_rows(1), 1e-3, methods())
     assert dry_run.validations(job) == sum(line["split"] == "eval" for line in lines)

@@ -30,8 +30,8 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """Hands memory that is free but kept back to the system, from between what is in use too; False where glibc is not.
 
-    Kept memory breaks into pieces where steps differ in size: without this a run of 60 steps held 2,584 MiB and more
-    with every step, with it every 8 steps 2,174 (docs/log.md). It takes a tenth of a second, and the next step has
+    Kept memory breaks into pieces where steps differ in size: without this a run of 63 steps held 2,584 MiB and more
+    with every step, with it every 8 steps 2,390 (docs/log.md). It takes a tenth of a second, and the next step has
     pages to clear: about a fiftieth of 8 steps.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
