@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SIDES = ("chosen", "rejected")
 WANTED_PAIR = (
     "Wanted: `chosen` and `rejected`, each an answer (text or messages) to a `prompt` (text or messages), or each a "
-    "whole conversation that begins like the other."
+    "whole conversation that begins like the other. A larger --max-length keeps longer prompts."
 )
 
 
