@@ -14,9 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
+from veneer.methods.anchored import AnchoredLoRA
+from veneer.methods.dora import DoRA
 from veneer.model import layers, traced
+from veneer.model.dpo import dpo
 from veneer.model.layers import arrange, as_they_were
+from veneer.model.leaf import Leaf
 from veneer.model.load import prepare
+from veneer.model.losses import cross_entropy
 from veneer.train.passes import SEEN, Passes, computed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")]
@@ -40,12 +45,12 @@ def model():
     return made
 
 
-def ready(model, lengths, seed=0, graphs=True):
+def ready(model, lengths, seed=0, graphs=True, loss=cross_entropy):
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(320, (length,), generator=generator).tolist() for length in lengths]
     trained, slots = [[i % 3 != 1 for i in range(n)] for n in lengths], ["default"] * len(rows)
     weights = [1.0 / (i + 2) for i in range(len(rows))]
-    return Passes(model, graphs).ready(rows, trained, weights, slots, {})
+    return Passes(model, graphs).ready(rows, trained, weights, slots, {}, loss)
 
 
 def gradients(model, run):
@@ -124,6 +129,40 @@ def test_graphs_of_several_shapes_share_memory(model):
             wanted = gradients(model, lambda given=given: computed(model, given))
             near(gradients(model, lambda given=given: passes(given)), wanted)
     assert [held.graph is not None for held in passes.held.values()] == [True] * len(shapes)
+
+
+@pytest.mark.parametrize("kind", [DoRA, AnchoredLoRA])
+def test_other_methods_compiled_and_recorded(model, kind):
+    as_they_were(model)
+    other = copy.deepcopy(model)
+    for leaf in [module for module in other.modules() if isinstance(module, Leaf) and "default" in module.slots]:
+        given = [leaf.slots["default"].a_RI.data, leaf.slots["default"].b_OR.data]
+        leaf.slots["default"] = kind(*given, *([leaf.base.row_norms()] if kind is DoRA else []), 0.5).to("cuda")
+        for parameter in leaf.slots["default"].parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    given = ready(other, UNEQUAL)
+    wanted = gradients(other, lambda: computed(other, given))
+    arrange(other, compiled=True, recompute=2)
+    near(gradients(other, lambda: computed(other, given)), wanted)
+    passes = Passes(other, graphs=True)
+    for _ in range(SEEN + 2):
+        near(gradients(other, lambda: passes(given)), wanted)
+    assert [held.graph is not None for held in passes.held.values()] == [True]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pairs_are_recorded_with_their_reference(model, compiled):
+    """Four sequences are two pairs; the pass of the base is part of the graph."""
+    as_they_were(model)
+    loss = partial(dpo, beta=0.5)
+    arrange(model, compiled=compiled, recompute=1)
+    passes = Passes(model, graphs=True)
+    for seed in range(SEEN + 3):
+        given = ready(model, (100, 120, 90, 110), seed, loss=loss)
+        wanted = gradients(model, lambda given=given: computed(model, given))
+        assert wanted[0][0] > 0 and wanted[0][1] == 0
+        near(gradients(model, lambda given=given: passes(given)), wanted)
+    assert [held.graph is not None for held in passes.held.values()] == [True]
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq", "int8", "fp8"])
