@@ -54,7 +54,7 @@ def by_delta(x_TI, base, pieces, factors):
     y_TO = x_TI @ base.weight.t()
     total = y_TO if base.bias is None else y_TO + base.bias
     for start, stop, pair, scale, _ in pieces:
-        holder = SimpleNamespace(a_RI=factors[pair][0], b_OR=factors[pair][1], scale=scale)  # the very tensors
+        holder = SimpleNamespace(pair=lambda held=factors[pair]: held, scale=scale)  # the very tensors
         delta = LoRA.delta(holder, x_TI[start:stop], y_TO[start:stop], base)
         above, below = delta.new_zeros(start, delta.shape[1]), delta.new_zeros(len(x_TI) - stop, delta.shape[1])
         total = total + torch.cat([above, delta, below])
