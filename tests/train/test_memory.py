@@ -12,7 +12,7 @@ import torch
 from veneer.adapter.card import Adapter
 from veneer.config import RunConfig
 from veneer.errors import CheckpointError, NotEnoughMemoryError, VeneerError
-from veneer.train import passes, run
+from veneer.train import objective, run
 from veneer.train.memory import is_out_of_memory
 
 Config = Callable[..., RunConfig]
@@ -23,16 +23,16 @@ def filling(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, int], None]
     """filling(error, n): the n-th forward pass that trains raises the error."""
 
     def fill(error: Exception, n: int) -> None:
-        before, seen = passes.cross_entropy, []
+        before, seen = objective.cross_entropy, []
 
         def cross_entropy(*given: Any) -> Any:
             seen.append(1)
             if len(seen) == n:
-                monkeypatch.setattr(passes, "cross_entropy", before)
+                monkeypatch.setattr(objective, "cross_entropy", before)
                 raise error
             return before(*given)
 
-        monkeypatch.setattr(passes, "cross_entropy", cross_entropy)
+        monkeypatch.setattr(objective, "cross_entropy", cross_entropy)
 
     return fill
 

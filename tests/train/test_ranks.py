@@ -241,15 +241,15 @@ def test_one_process_has_nobody_to_share_the_base_with(options: Options) -> None
 # The second process fails in its third step; the first waits for it in a sum.
 FAILING = """
 import os, sys
-import veneer.train.passes as passes
+import veneer.train.objective as objective
 from veneer.cli.__main__ import main
-before, seen = passes.cross_entropy, []
+before, seen = objective.cross_entropy, []
 def failing(*given):
     seen.append(1)
     if os.environ["RANK"] == "1" and len(seen) == 3:
         raise MemoryError("no room")
     return before(*given)
-passes.cross_entropy = failing
+objective.cross_entropy = failing
 sys.exit(main(sys.argv[1:]))
 """
 
