@@ -51,9 +51,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Biases in q, k and v, a head of its own."""
     model = made(Qwen2ForCausalLM, Qwen2Config(**LARGER, initializer_range=0.3, tie_word_embeddings=False))
+    generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.5)
+            nn.init.normal_(parameter, std=0.5, generator=generator)
     return written(tmp_path_factory.mktemp("bnb") / "qwen", model)
 
 
