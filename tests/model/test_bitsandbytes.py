@@ -54,7 +54,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.5, generator=generator)
+            nn.init.normal_(parameter, std=0.2, generator=generator)
     return written(tmp_path_factory.mktemp("bnb") / "qwen", model)
 
 
