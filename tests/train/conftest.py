@@ -140,3 +140,27 @@ def config(pico_folder: Path, digits: Path, tmp_path: Path) -> Callable[..., Run
         return RunConfig.from_flat({**given, **short, **options})
 
     return make
+
+
+class Stop(BaseException):
+    """As sudden as a signal: nothing in the package catches it."""
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], None]:
+    """stopping(config, n): trains and dies once step n is known (a GPU may have begun the next)."""
+    from veneer.train import run
+
+    def train(one: RunConfig, n: int) -> None:
+        class Dying(run.Recorder):
+            def __call__(self, job: Any, facts: dict) -> None:
+                super().__call__(job, facts)
+                if facts["split"] == "train" and facts["step"] == n:
+                    raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "Recorder", Dying)
+            with pytest.raises(Stop):
+                run.train(one, progress=False)
+
+    return train

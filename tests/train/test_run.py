@@ -90,29 +90,6 @@ def test_equal_settings_give_equal_bytes_and_another_seed_others(config: Config,
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
-class Stop(BaseException):
-    """As sudden as a signal: nothing in the package catches it."""
-
-
-@pytest.fixture
-def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig, int], None]:
-    """stopping(config, n): trains and dies once step n is known (a GPU may have begun the next)."""
-
-    def train(one: RunConfig, n: int) -> None:
-        class Dying(run.Recorder):
-            def __call__(self, job: Any, facts: dict) -> None:
-                super().__call__(job, facts)
-                if facts["split"] == "train" and facts["step"] == n:
-                    raise Stop
-
-        with monkeypatch.context() as patch:
-            patch.setattr(run, "Recorder", Dying)
-            with pytest.raises(Stop):
-                _train(one)
-
-    return train
-
-
 HARD = {
     "lora_dropout": 0.2,
     "gradient_accumulation_steps": 2,

@@ -124,23 +124,11 @@ def test_float16_trains(config: Any, high: None) -> None:
 
 
 def test_a_resumed_run_in_float16_ends_in_the_same_bytes(
-    config: Any, high: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Any, high: None, tmp_path: Path, stopping: Any
 ) -> None:
-    class Stop(BaseException):
-        pass
-
-    class Dying(run.Recorder):
-        def __call__(self, job: Any, facts: dict) -> None:
-            super().__call__(job, facts)
-            if facts["split"] == "train" and facts["step"] == 7:
-                raise Stop
-
     whole, cut = (config(dtype="float16", output_dir=str(tmp_path / name)) for name in ("whole", "cut"))
     run.train(whole, progress=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "Recorder", Dying)
-        with pytest.raises(Stop):
-            run.train(cut, progress=False)
+    stopping(cut, 7)
     run.train(cut, progress=False, resume=True)
     bytes_of = [Path(one.output_dir, "adapter_model.safetensors").read_bytes() for one in (whole, cut)]
     assert bytes_of[0] == bytes_of[1]

@@ -62,21 +62,9 @@ def test_it_gets_what_the_file_gets(config: Any, made: list[Recording]) -> None:
     assert (opening.name, opening.project, opening.step, opening.config) == ("first", "digits", 0, one.to_flat())
 
 
-def test_a_resumed_run_is_the_same_one_there(config: Any, made: list[Recording], monkeypatch: Any) -> None:
-    class Stop(BaseException):
-        pass
-
-    class Dying(run.Recorder):
-        def __call__(self, job: Any, facts: dict) -> None:
-            super().__call__(job, facts)
-            if facts["split"] == "train" and facts["step"] == 7:
-                raise Stop
-
+def test_a_resumed_run_is_the_same_one_there(config: Any, made: list[Recording], stopping: Any) -> None:
     one = config(report_to="wandb")
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "Recorder", Dying)
-        with pytest.raises(Stop):
-            run.train(one, progress=False)
+    stopping(one, 7)
     run.train(one, progress=False, resume=True)
     run.train(one, progress=False)  # another run: the earlier one is set aside
     cut, resumed, other = made

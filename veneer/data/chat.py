@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from veneer.data.examples import EncodedRows, Example
-from veneer.data.files import shortened
+from veneer.data.files import read_each, shortened
 from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation, read_conversation, renamed, untrained
 from veneer.data.tools import Tools
 from veneer.errors import DataError, listed
@@ -44,7 +44,7 @@ def encode_rows(
     and the message is a note; only where no row is left is it an error.
     """
     faults: dict[int, str] = {}
-    conversations = _conversations(rows, faults)
+    conversations = read_each(rows, read_conversation, faults)
     examples = template.encode_all(conversations, max_length, faults)
     notes = [*template.notes, *_notes(rows, examples, template, max_length), *_marks(conversations.values())]
     if faults:
@@ -256,18 +256,6 @@ NO_TOOLS = (
     "nothing would be learnt of them: take a base whose template knows tools, or write them into the messages' text"
 )
 MERGES = "which the tokenizer joins to a token that generation could never produce; strip the white space of the text"
-
-
-def _conversations(rows: Sequence[Mapping[str, Any]], faults: dict[int, str]) -> dict[int, Conversation]:
-    found = {}
-    for index, row in enumerate(rows):
-        reasons: list[str] = []
-        conv = read_conversation(row, reasons)
-        if conv is None:
-            faults[index] = "; ".join(reasons)
-        else:
-            found[index] = conv
-    return found
 
 
 def reading_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from veneer.errors import DataError, listed, nearest
 
 Row = dict[str, Any]
+Read = TypeVar("Read")
 SHOWN = 5  # faults named one by one in a message; the rest is counted
 # Columns of a table whose cells are JSON where they look like it.
 _NESTED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "references", "tools", "choices")
@@ -40,6 +41,23 @@ def read_rows(path: str | Path) -> list[Row]:
     if not rows:
         raise DataError(f"{file} is empty: it has no rows. {kind.wanted}")
     return rows
+
+
+def read_each(
+    rows: Sequence[Mapping[str, Any]],
+    read: Callable[[Mapping[str, Any], list[str]], Read | None],
+    faults: dict[int, str],
+) -> dict[int, Read]:
+    """What `read` makes of each row, by its index; of a row of which it makes None, its reasons go into `faults`."""
+    found = {}
+    for index, row in enumerate(rows):
+        reasons: list[str] = []
+        made = read(row, reasons)
+        if made is None:
+            faults[index] = "; ".join(reasons)
+        else:
+            found[index] = made
+    return found
 
 
 def shortened(faults: list[str], shown: int = SHOWN) -> list[str]:

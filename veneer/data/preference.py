@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from veneer.data.examples import EncodedRows, Example, ExamplePair
-from veneer.data.files import shortened
+from veneer.data.files import read_each, shortened
 from veneer.data.layouts import Conversation, Message, plain_turn, read_messages, read_prompt
 from veneer.data.tools import read_tools
 from veneer.errors import DataError, listed
@@ -70,14 +70,7 @@ def encode_pairs(rows: Sequence[Mapping[str, Any]], template: Template, max_leng
     """All rows as pairs of examples; `path` names the file in messages. DataError lists all faults: rows that cannot
     be read, that the template cannot render, or whose answers are cut away by `max_length`."""
     faults: dict[int, str] = {}
-    read: dict[int, Pair] = {}
-    for index, row in enumerate(rows):
-        reasons: list[str] = []
-        pair = read_pair(row, reasons)
-        if pair is None:
-            faults[index] = "; ".join(reasons)
-        else:
-            read[index] = pair
+    read = read_each(rows, read_pair, faults)
     sides = [
         template.encode_all({index: getattr(pair, side) for index, pair in read.items()}, max_length, faults)
         for side in SIDES

@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer.data.chat import Conversation, Example, Template
 from veneer.data.choices import Choices, read_choices
-from veneer.data.files import shortened
+from veneer.data.files import read_each, shortened
 from veneer.errors import DataError, listed
 from veneer.model.likelihood import Likelihood
 
@@ -50,28 +50,24 @@ def read_questions(
     where: str,
 ) -> list[Question]:
     """The question in every row; DataError lists every row without, and every choice that cannot be scored whole."""
-    faults: list[str] = []
-    found: list[tuple[int, Choices]] = []
-    for number, row in enumerate(rows, start=1):
-        reasons: list[str] = []
-        if choices := read_choices(row, reasons):
-            found.append((number, choices))
-        faults += [f"row {number}: {'; '.join(reasons)}"] if reasons else []
-    owners = [(number, text) for number, choices in found for text in choices.texts]
+    unread: dict[int, str] = {}
+    found = read_each(rows, read_choices, unread)
+    faults = [f"row {index + 1}: {reason}" for index, reason in unread.items()]
+    owners = [(index, text) for index, choices in found.items() for text in choices.texts]
     refused: dict[int, str] = {}
-    answered = {i: _answered(conversations[number - 1], text) for i, (number, text) in enumerate(owners)}
+    answered = {i: _answered(conversations[index], text) for i, (index, text) in enumerate(owners)}
     # A little more than may be, so that one which is cut is seen.
     encoded = {example.row: example for example in template.encode_all(answered, max_length + 1, refused)}
     for i, example in encoded.items():
         if len(example.input_ids) > max_length:
             refused[i] = f"longer than {max_length:,} tokens"
-    faults += [f"row {owners[i][0]}, choice {owners[i][1]!r}: {refused[i]}" for i in sorted(refused)]
+    faults += [f"row {owners[i][0] + 1}, choice {owners[i][1]!r}: {refused[i]}" for i in sorted(refused)]
     if faults:
         raise DataError(
             listed(f"{where}: multiple choice needs choices in every row; faults:", shortened(faults), WANTED)
         )
-    examples = iter([replace(_open(encoded[i], template), row=number - 1) for i, (number, _) in enumerate(owners)])
-    return [Question(choices, tuple(next(examples) for _ in choices.texts)) for _, choices in found]
+    examples = iter([replace(_open(encoded[i], template), row=index) for i, (index, _) in enumerate(owners)])
+    return [Question(choices, tuple(next(examples) for _ in choices.texts)) for choices in found.values()]
 
 
 def loglikelihoods(questions: Sequence[Question], scored: Sequence[Likelihood]) -> list[tuple[float, ...]]:
