@@ -34,6 +34,7 @@ bench: $(VENV)/test
 # Needs a CUDA GPU, and the peers (Liger, bitsandbytes, Unsloth) in this environment or in a folder, VENEER_BENCH_PEERS.
 bench-gpu: $(VENV)/test
 	$(BIN)/python -m benchmarks.gpu_train
+	$(BIN)/python -m benchmarks.gpu_loop
 
 map: $(VENV)/demo
 	$(BIN)/python tools/map.py

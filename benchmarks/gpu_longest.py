@@ -17,7 +17,7 @@ PROBES = ((2, 8192), (2, 32768), (4, 8192))  # layers and tokens
 PROBE_STEPS = 3
 LINES = ("first_step_peak_gib", "later_peak_gib")
 CONTEXT = 1.0  # GiB of a limit that are not the allocator's: CUDA's own, and its libraries'
-SHARES = (1.0, 0.95, 0.9, 0.8)  # of the prediction, tried in turn
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the prediction, tried in turn
 Run = Callable[[Spec], dict[str, Any]]
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from benchmarks import record
 from benchmarks.gpu_table import page
 from benchmarks.gpu_train import NAME, load
 
-BLOCK = re.compile(r"<!-- table: gpu_train -->\n(.*)<!-- end of table -->", re.DOTALL)
 
-
-def test_the_document_shows_the_file() -> None:
+@pytest.mark.parametrize("name", [NAME, f"{NAME}_h100"])
+def test_the_document_shows_the_file(name: str) -> None:
     text = (record.ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    [shown] = BLOCK.findall(text)
-    held = load(record.RESULTS / f"{NAME}.json")
-    assert shown.strip() == page(held), "next: python -m benchmarks.gpu_train --show, between the two comments"
+    [shown] = re.findall(rf"<!-- table: {name} -->\n(.*?)<!-- end of table -->", text, re.DOTALL)
+    path = record.RESULTS / f"{name}.json"
+    next_step = f"next: python -m benchmarks.gpu_train --show --output {path}, between the two comments"
+    assert shown.strip() == page(load(path)), next_step
 
 
 def test_rows_that_nobody_measured_are_left_out() -> None:
