@@ -56,21 +56,25 @@ def test_plain_transformers_gives_the_same_logits(base: Path, adapter_folder: Pa
     assert report.notes == ()
 
 
-def test_bfloat16_differs_by_what_the_report_says(base: Path, adapter_folder: Path, merged: Any) -> None:
-    report = merged("bfloat16")
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.1), ("float16", 0.02)])  # 8 and 11 bits
+def test_half_precision_differs_by_what_the_report_says(
+    base: Path, adapter_folder: Path, merged: Any, dtype: str, share: float
+) -> None:
+    report = merged(dtype)
     ids = torch.tensor([[(11 * i * i + 5) % load(str(base)).model.config.vocab_size for i in range(32)]])
     model = attach(load(str(base), "float32").model, Adapter.load(adapter_folder))
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        got = AutoModelForCausalLM.from_pretrained(report.output, dtype=torch.bfloat16)(input_ids=ids).logits.float()
+        half = AutoModelForCausalLM.from_pretrained(report.output, dtype=getattr(torch, dtype))
+        got = half(input_ids=ids).logits.float()
     assert report.logits_difference == pytest.approx((got - wanted).abs().max().item(), rel=1e-5)
     assert report.logits_scale == pytest.approx(wanted.abs().max().item(), rel=1e-5)
-    assert 0 < report.logits_difference < 0.1 * report.logits_scale
-    assert AutoConfig.from_pretrained(report.output).dtype == torch.bfloat16
-    assert report.dtype == "bfloat16"
+    assert 0 < report.logits_difference < share * report.logits_scale
+    assert AutoConfig.from_pretrained(report.output).dtype == getattr(torch, dtype)
+    assert report.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_figures_are_those_of_dense_matrices(base: Path, adapter_folder: Path, merged: Any, dtype: str) -> None:
     report, adapter = merged(dtype), Adapter.load(adapter_folder)
     before, after = _dense(base), _dense(report.output)
@@ -88,9 +92,9 @@ def test_the_figures_are_those_of_dense_matrices(base: Path, adapter_folder: Pat
     assert report.rounding_error == pytest.approx(sum(e**2 for e in errors.values()) ** 0.5 / norm, rel=1e-3, abs=slack)
     relative = {module: errors[module] / updates[module] for module in updates}
     assert report.worst_rounding_error == pytest.approx(max(relative.values()), rel=1e-2, abs=slack)
-    if dtype == "bfloat16":
+    if dtype != "float32":
         assert report.worst_layer == max(relative, key=relative.__getitem__)
-        assert report.rounding_error > 1e-3
+        assert report.rounding_error > {"bfloat16": 1e-3, "float16": 1e-4}[dtype]
 
 
 def test_an_update_that_rounding_would_lose_is_noted(base: Path, adapter_folder: Path, tmp_path: Path) -> None:
