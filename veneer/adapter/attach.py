@@ -317,7 +317,9 @@ def _freeze_base(model: nn.Module) -> None:
 
 def _storage(model: nn.Module, methods: dict[str, Method]) -> str:
     """How the adapted layers are stored, as in 'nf4 bfloat16'."""
-    kinds = sorted({model.get_submodule(path).base.storage for path in methods})
+    ends = (embedding_path(model), head_path(model))  # always dense: they tell nothing
+    inner = [path for path in methods if path not in ends] or list(methods)
+    kinds = sorted({model.get_submodule(path).base.storage for path in inner})
     return f"{'+'.join(kinds)} {str(model.dtype).removeprefix('torch.')}"
 
 

@@ -92,7 +92,7 @@ def _unfit(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> list[str]:
         if shapes.get(module, adapter_OI) != adapter_OI:
             wrong.append(f"{module} (adapter {list(adapter_OI)}, model {list(shapes[module])})")
     lacking = [m for m in adapter.modules() if m not in shapes]
-    add_fault(faults, "layers that the model lacks", lacking)
+    add_fault(faults, "linear layers that the model lacks", lacking)
     if lacking and (alike := _alike(lacking[0], shapes)):
         faults.append(f"the model calls {lacking[0]} {alike}: an adapter of the same family saved under other names")
     add_fault(faults, "layers of another shape [out, in]", wrong)

@@ -52,8 +52,8 @@ class TokenRows(Method):
         """For the logits y_TO (T, V) of a head, its input x_TI (T, D). Raises ValueError with a gate: no rank."""
         if gate_TR is not None:
             raise ValueError("rows of the vocabulary cannot be gated by rank: they are of no rank")
-        own_TN = x_TI @ self.rows_ND.to(x_TI.dtype).t() - y_TO.index_select(1, self.ids_N)
-        return torch.zeros_like(y_TO).index_copy(1, self.ids_N, own_TN)
+        moved_ND = self.rows_ND - rows_of(base, self.ids_N)  # not of the products: zero at the start, to the bit
+        return torch.zeros_like(y_TO).index_copy(1, self.ids_N, x_TI @ moved_ND.to(x_TI.dtype).t())
 
     def merged(self, base: Base) -> Tensor:
         weight_OI = base.dense()

@@ -79,7 +79,8 @@ def head_nll(hidden_MD: Tensor, head: Head, tokens_M: Tensor, rows_M: Tensor | N
     rows_M: where in the running stream the hidden states stand, for a head with slots.
     """
     if head.speaks:
-        return adapted_nll(hidden_MD, head, tokens_M, rows_M, chunk_of(len(hidden_MD), hidden_MD.is_cuda))
+        chunk = max(1, chunk_of(len(hidden_MD), hidden_MD.is_cuda) // 4)  # some of its size are alive at once
+        return adapted_nll(hidden_MD, head, tokens_M, rows_M, chunk)
     return _HeadNLL.apply(hidden_MD, head, tokens_M)
 
 
