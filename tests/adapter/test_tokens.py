@@ -157,6 +157,10 @@ DELTA = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delt
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (
+            lambda c, t: c.update(trainable_token_indices={str(i): [i] for i in range(9)}),
+            ["got 9 modules and rows of 1, wanted at most 8"],
+        ),
         (lambda c, t: c.update(trainable_token_indices=None), ["got None, wanted different token ids"]),
         (lambda c, t: c.update(trainable_token_indices=[3, 3]), ["got [3, 3], wanted different token ids"]),
         (lambda c, t: c.update(trainable_token_indices=[3, -1]), ["wanted different token ids"]),
@@ -344,6 +348,9 @@ def test_an_attached_model_can_be_copied_and_trained_on(theirs):
             parameter.data.zero_()
     equal(logits(twin), logits(attached(base("tied"), Adapter.load(folder))))
     assert not torch.equal(logits(model), logits(twin))
+    wanted, names = logits(twin), [name for name, _ in twin.named_parameters()]
+    twin.tie_weights()  # as transformers does on some ways to load
+    assert torch.equal(logits(twin), wanted) and [name for name, _ in twin.named_parameters()] == names
     (rows,) = [m for m in methods_of(twin, "default").values() if m.name == "rows"]
     with pytest.raises(ValueError, match=r"got rows \(1, 32\), wanted \(2, 32\)"):
         rows.restore({"rows": torch.ones(1, 32)})

@@ -28,6 +28,7 @@ COPIES = "base_copies"  # module path -> hash of the copy of its weight that was
 _FACTORS = {"lora_embedding_A": "lora_A.weight", "lora_embedding_B": "lora_B.weight"}
 _DELTA = "token_adapter.trainable_tokens_delta"
 _COPY = ("token_adapter.base_layer.weight", "base_layer.weight")
+_MOST = 8  # modules whose rows are tokens; models have two
 _COPIED = ("embed_tokens", "lm_head")  # what PEFT copies whole, where it is asked to
 
 
@@ -91,6 +92,9 @@ def _ids_of(given: Any, rows: Mapping[str, Tensor], faults: list[str]) -> dict[s
     named = given if isinstance(given, dict) else {next(iter(rows), "embed_tokens"): given}
     if not all(isinstance(name, str) and _is_ids(ids) for name, ids in named.items()):
         faults.append(f"{ROWS}: got {given!r:.80}, wanted different token ids, or an object of such lists")
+        return {}
+    if len(named) > _MOST or len(rows) > _MOST:
+        faults.append(f"{ROWS}: got {len(named)} modules and rows of {len(rows)}, wanted at most {_MOST}")
         return {}
     ids = {path: next((named[n] for n in named if path == n or path.endswith(f".{n}")), None) for path in rows}
     add_fault(faults, f"trained rows that {ROWS} does not name", [path for path in rows if ids[path] is None])

@@ -139,7 +139,8 @@ def rows_from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
 
 def about_vocabulary(model: nn.Module, methods: Mapping[str, Method]) -> dict[str, Any]:
     """What a card's settings tell: which modules are embeddings, and whose rows the adapter has."""
-    embeddings = [path for path, m in methods.items() if path == embedding_path(model) and not isinstance(m, TokenRows)]
+    embedding = embedding_path(model)
+    embeddings = [path for path, method in methods.items() if path == embedding and not isinstance(method, TokenRows)]
     rows = {path: method.ids for path, method in methods.items() if isinstance(method, TokenRows)}
     return {**({EMBEDDINGS: embeddings} if embeddings else {}), **({ROWS: rows} if rows else {})}
 

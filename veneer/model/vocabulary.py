@@ -72,6 +72,13 @@ class HeadLeaf(Leaf):
 
     _tied: tuple[EmbeddingLeaf, ...] = ()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What torch calls for `head.weight = ...`, which is how transformers' `tie_weights` ties: it is the base's."""
+        if name == "weight" and param is not None:
+            self.base.weight = param.requires_grad_(False)
+        else:
+            super().register_parameter(name, param)
+
     def tie(self, embedding: EmbeddingLeaf) -> None:
         self._tied = (embedding,)  # hidden from torch: it has a place of its own
 
