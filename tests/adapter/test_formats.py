@@ -297,7 +297,14 @@ A, B = (f"base_model.model.{LAYER_0}.lora_{side}.weight" for side in "AB")
             lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(32)}),
             ["factors without lora_magnitude_vector", "use_dora"],
         ),
-        (lambda t: t.update({"base_model.model.e.lora_embedding_A": torch.ones(4, 9)}), ["(an adapted embedding)"]),
+        (
+            lambda t: t.update({"base_model.model.e.lora_embedding_A": torch.ones(4, 9)}),
+            ["lora_A without lora_B", ": e"],
+        ),
+        (
+            lambda t: t.update({A.replace("lora_A.weight", "lora_embedding_A"): torch.ones(4, 32)}),
+            ["an adapted embedding whose factors stand under two names"],
+        ),
         (
             lambda t: t.update({B.replace("weight", "bias"): torch.ones(32)}),
             ["factors without lora_B.bias", "lora_bias"],
@@ -321,7 +328,7 @@ def test_broken_tensors_are_refused(folder, edit, words):
         ({"lora_bias": True}, ["lora_bias"]),
         ({"bias": "all"}, ["bias: got 'all'"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
-        ({"trainable_token_indices": [1]}, ["trainable_token_indices"]),
+        ({"trainable_token_indices": [1]}, ["trainable_token_indices names modules without rows"]),
         ({"target_parameters": ["experts.up"]}, ["target_parameters"]),
         ({"layer_replication": [[0, 2]]}, ["layer_replication"]),
         ({"alora_invocation_tokens": [1]}, ["alora_invocation_tokens"]),
@@ -464,9 +471,3 @@ def test_no_damage_to_the_bytes_ends_in_anything_but_adapter_error(tmp_path_fact
         assert (answer is None) == bool(faults)
     finally:
         (good / name).write_bytes(whole)
-
-
-def test_a_copy_of_the_base_inside_the_adapter_is_refused_with_the_way_out(pico, tmp_path):
-    with pytest.warns(UserWarning, match="save_embedding_layers"):
-        trained(pico(), r=2, target_modules=["lm_head"]).save_pretrained(tmp_path)
-    assert "save_embedding_layers=False" in message(tmp_path)

@@ -18,8 +18,18 @@ from torch import nn
 from veneer.adapter import patterns as patterns_of_peft
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.files import escaped
+from veneer.adapter.tokens import (
+    about_vocabulary,
+    check_merge,
+    rows_from_adapter,
+    rows_from_settings,
+    start_of,
+    tell_tied,
+    tie_weights,
+)
 from veneer.adapter.verify import check_base
 from veneer.bases.base import Base
+from veneer.bases.lookup import Lookup
 from veneer.bases.transposed import Transposed
 from veneer.config import SWITCHES, LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, NotMergeable, listed, nearest
@@ -27,15 +37,16 @@ from veneer.methods import method_class
 from veneer.methods.anchored import AnchoredLoRA
 from veneer.methods.base import Method
 from veneer.methods.dora import DoRA
-from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
+from veneer.methods.rows import TokenRows
 from veneer.model import fingerprint as fingerprints
 from veneer.model.experts import expert_parameters, experts_note
 from veneer.model.leaf import Leaf
 from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
-from veneer.model.swap import base_of, check_adaptable, leaf_at, linear_paths, unswap
+from veneer.model.swap import base_of, check_adaptable, leaf_at, linear_paths, tie_rows, unswap
 from veneer.model.text import text_modules
+from veneer.model.vocabulary import embedding_path, head_path
 
 # Told in reports, and fit to name a file on any system: no look-alikes, no paths, nothing that ends a line of a log.
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -59,6 +70,7 @@ def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "defaul
     for path, method in made.items():
         leaf = leaf_at(model, path)
         leaf.slots[name] = method.to(leaf.weight.device)
+    tie_rows(model)
     wiring = wiring_of(model)
     wiring.slots.append(name)
     wiring.voice = wiring.voice or name
@@ -135,9 +147,12 @@ def merge_into(model: nn.Module, name: str = "default") -> nn.Module:
     """
     _need_dense(model, name)
     merged = {path: method.merged(model.get_submodule(path).base) for path, method in methods_of(model, name).items()}
+    tied = check_merge(model, methods_of(model, name), merged)
     for path, weight_OI in merged.items():
         leaf = model.get_submodule(path)
         leaf.base = leaf.base.packed(weight_OI)
+    if tied:
+        tie_weights(model)
     model.veneer_fingerprint = fingerprints.Fingerprint("unknown", "unknown", "unknown", "unknown")  # other weights now
     return detach(model, name)
 
@@ -155,22 +170,23 @@ def _unadapted(model: nn.Module) -> dict[str, str]:
     """Path -> why no adapter goes on what stands there, for what users name that is no linear layer to us."""
     reasons = dict.fromkeys(expert_parameters(model), "the experts of a layer in one tensor, which stays frozen")
     inside = text_modules(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for path, module in model.named_modules():
-        if module is head:
-            reasons[path] = "the vocabulary head, which the loss in chunks reads as it is"
-        elif isinstance(module, nn.Embedding):
-            reasons[path] = "an embedding, which stays frozen"
+        if isinstance(module, nn.Embedding):
+            reasons[path] = "an embedding of something else than tokens, which stays frozen"
         elif module not in inside and isinstance(module, nn.Linear):
             reasons[path] = "not of the language model, and trained is on text"
     return reasons
 
 
 def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """Paths of the linear layers that the settings name. Raises ConfigError with every target that matches nothing."""
-    paths = linear_paths(model)
+    """Paths of the layers that the settings name. Raises ConfigError with every target that matches nothing.
+
+    The token embedding and the vocabulary head are adapted where they are named, 'all-linear' does not mean them.
+    """
+    linear, ends = linear_paths(model), (embedding_path(model), head_path(model))
+    paths = [path for path in (ends[0], *linear, ends[1]) if path is not None]
     if settings.target_modules == "all-linear":
-        chosen = paths
+        chosen = linear
     else:
         chosen = _named(paths, settings.target_modules, "target_modules", _unadapted(model))
     if settings.exclude_modules:
@@ -223,7 +239,9 @@ def _from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[
             _named(targets, list(patterns), option)
     ranks = patterns_of_peft.resolve(settings.rank_pattern, targets, settings.r)
     alphas = patterns_of_peft.resolve(settings.alpha_pattern, targets, settings.lora_alpha)
-    return {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
+    tell_tied(model, targets)
+    made = {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
+    return made | rows_from_settings(model, settings, targets)
 
 
 def _left_out(model: nn.Module) -> list[str]:
@@ -240,7 +258,8 @@ def _left_out(model: nn.Module) -> list[str]:
 
 
 def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> Method:
-    start, base = INITS[settings.init_lora_weights], base_of(model.get_submodule(path))
+    base = base_of(model.get_submodule(path))
+    start = start_of(base, settings, path)
     scale = settings.scale if settings.scale is not None else alpha / (rank**0.5 if settings.use_rslora else rank)
     generator = torch.Generator().manual_seed(_module_seed(seed, path))
     try:
@@ -250,14 +269,14 @@ def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: 
     if settings.method == "dora":
         return DoRA(a_RI, b_OR, base.row_norms().cpu(), scale, settings.lora_dropout)
     kind = AnchoredLoRA if start.anchored else LoRA
-    return kind(a_RI, b_OR, scale, settings.lora_dropout)
+    return kind(a_RI, b_OR, scale, 0.0 if isinstance(base, Lookup) else settings.lora_dropout)
 
 
 def _start_weight(base: Base, values: bool) -> torch.Tensor:
     """What a start is given: the weight; of a quantised layer its shape alone where the start looks at no values."""
     if base.storage != "dense":
         return base.dense() if values else torch.empty(base.out_features, base.in_features, device="meta")
-    return base.weight
+    return base.decode()
 
 
 def _module_seed(seed: int, path: str) -> int:
@@ -269,7 +288,8 @@ def _from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
         warnings.warn(note, UserWarning, stacklevel=4)
     dropout = float(adapter.card.settings.get("lora_dropout", 0.0))
     method, scales = method_class(adapter.card.method), adapter.card.scales
-    return {path: method.from_tensors(adapter.of(path), scales.get(path, 1.0), dropout) for path in adapter.modules()}
+    made = {path: method.from_tensors(adapter.of(path), scales.get(path, 1.0), dropout) for path in adapter.modules()}
+    return made | rows_from_adapter(model, adapter)
 
 
 def is_name(name: str) -> bool:
@@ -297,14 +317,19 @@ def _freeze_base(model: nn.Module) -> None:
 
 def _storage(model: nn.Module, methods: dict[str, Method]) -> str:
     """How the adapted layers are stored, as in 'nf4 bfloat16'."""
-    kinds = sorted({model.get_submodule(path).base.storage for path in methods})
+    ends = (embedding_path(model), head_path(model))  # always dense: they tell nothing
+    inner = [path for path in methods if path not in ends] or list(methods)
+    kinds = sorted({model.get_submodule(path).base.storage for path in inner})
     return f"{'+'.join(kinds)} {str(model.dtype).removeprefix('torch.')}"
 
 
 def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage: str, training: dict) -> Card:
+    told = about_vocabulary(model, methods)
+    methods = {path: method for path, method in methods.items() if not isinstance(method, TokenRows)}
     ranks = {path: method.rank for path, method in methods.items()}
     scales = {path: method.scale for path, method in methods.items()}
-    settings: dict[str, Any] = {"lora_dropout": next((method.dropout for method in methods.values()), 0.0)}
+    settings: dict[str, Any] = {"lora_dropout": max((method.dropout for method in methods.values()), default=0.0)}
+    settings |= told
     if any(isinstance(model.get_submodule(path).base, Transposed) for path in methods):
         settings["fan_in_fan_out"] = True  # PEFT's name for it
     return Card(

@@ -63,7 +63,7 @@ class AdapterCallback(TrainerCallback):
     def _put_back(self, model: nn.Module, checkpoint: Path) -> None:
         """Copies the checkpoint's factors into the slot, in place: the optimiser holds on to these tensors."""
         adapter, methods = Adapter.load(checkpoint / FOLDER), methods_of(model, self.name)
-        saved = {path: _shapes(adapter.of(path)) for path in adapter.modules()}
+        saved = {path: _shapes(adapter.of(path)) for path in (*adapter.modules(), *adapter.rows())}
         attached = {path: _shapes(method.tensors()) for path, method in methods.items()}
         differing = sorted(path for path in saved | attached if saved.get(path) != attached.get(path))
         faults = [f"{path}: checkpoint {saved.get(path)}, attached {attached.get(path)}" for path in differing]

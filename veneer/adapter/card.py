@@ -12,7 +12,7 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from torch import Tensor
 from veneer.adapter.faults import json_faults, method_faults, module_faults, tensor_faults
 from veneer.adapter.files import Unreadable, escaped, parse_object, read_whole, write_folder
 from veneer.adapter.formats import JSON_LIMIT, PeftFolder, read_peft, write_peft
+from veneer.adapter.peft_vocabulary import COPIES, EMBEDDINGS, ROWS, vocabulary_faults
 from veneer.errors import AdapterError, ModelError, listed
 from veneer.methods import method_class
 from veneer.model.fingerprint import Fingerprint
@@ -37,7 +38,7 @@ _FAULTS = 40  # told one by one
 _TRAINING_ONLY = frozenset(
     "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules fan_in_fan_out "
     "layers_to_transform rank_pattern alpha_pattern".split()
-)
+) | {EMBEDDINGS, COPIES}  # what the base has there
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,20 @@ class Adapter:
     """Plain low-rank factors and their card.
 
     tensors: `<module path>.a` (R, I) and `<module path>.b` (O, R), so that ΔW = b @ a, and for DoRA the magnitudes
-    `<module path>.m` (O); float32, contiguous, on the CPU, finite, sorted by name; copies of what was given, so that
-    training on does not change a value. Two adapters are the same if their `identity` is. Raises AdapterError with
-    every fault.
+    `<module path>.m` (O); `<module path>.rows` (N, D) are rows of tokens, whose ids the card's settings tell. All
+    float32, contiguous, on the CPU, finite, sorted by name; copies of what was given, so that training on does not
+    change a value. Two adapters are the same if their `identity` is. Raises AdapterError with every fault.
     """
 
     tensors: dict[str, Tensor]
     card: Card
 
     def __post_init__(self) -> None:
-        faults = method_faults(self.card.method) or tensor_faults(self.tensors, method_class(self.card.method).kinds)
-        if faults := [*faults, *module_faults(self.tensors, self.card.ranks, self.card.scales)]:
+        rows = {name.removesuffix(".rows"): t for name, t in self.tensors.items() if name.endswith(".rows")}
+        factors = {name: tensor for name, tensor in self.tensors.items() if not name.endswith(".rows")}
+        faults = method_faults(self.card.method) or tensor_faults(factors, method_class(self.card.method).kinds)
+        faults += vocabulary_faults(rows, self.card.settings, self.modules())
+        if faults := [*faults, *module_faults(factors, self.card.ranks, self.card.scales)]:
             raise AdapterError(listed("Not an adapter:", faults, "Nothing was made."))
         owned = {name: _owned(tensor) for name, tensor in sorted(self.tensors.items())}
         object.__setattr__(self, "tensors", owned)
@@ -156,8 +160,15 @@ class Adapter:
         return self.tensors[f"{module}.a"], self.tensors[f"{module}.b"]
 
     def of(self, module: str) -> dict[str, Tensor]:
-        """All tensors of one module by kind: a, b and what else its method keeps. Raises KeyError."""
+        """All tensors of one module by kind: a, b and what else its method keeps, or its rows. Raises KeyError."""
+        if f"{module}.rows" in self.tensors:
+            return {"rows": self.tensors[f"{module}.rows"]}
         return {kind: self.tensors[f"{module}.{kind}"] for kind in method_class(self.card.method).kinds}
+
+    def rows(self) -> dict[str, tuple[list[int], Tensor]]:
+        """Module path -> token ids (N) and their rows (N, D), of embedding and head."""
+        told = self.card.settings.get(ROWS, {})
+        return {module: (ids, self.tensors[f"{module}.rows"]) for module, ids in told.items()}
 
     @classmethod
     def load(cls, folder: str | PathLike[str]) -> Adapter:
@@ -193,7 +204,10 @@ class Adapter:
         if card is None:
             ranks = {module: len(tensors["a"]) for module, tensors in peft.modules.items()}
             card = Card(peft.method, peft.settings, peft.scales, ranks, base_name=peft.base_name)
+        kept = {key: value for key, value in card.settings.items() if key not in (ROWS, EMBEDDINGS, COPIES)}
+        card = replace(card, settings=kept | peft.vocabulary)  # of these the folder itself tells
         named = {f"{module}.{kind}": t for module, tensors in peft.modules.items() for kind, t in tensors.items()}
+        named |= {f"{module}.rows": tensor for module, tensor in peft.rows.items()}
         return cls(named, card)
 
     def save(self, folder: str | PathLike[str]) -> Path:
@@ -206,7 +220,9 @@ class Adapter:
             raise AdapterError(f"{path}: a file. Wanted a folder, or a new name for one.")
         card = {**self.card.to_json(), "identity": self.identity}
         modules = {module: self.of(module) for module in self.modules()}
-        files = write_peft(modules, self.card.base_name, bool(self.card.settings.get("fan_in_fan_out")))
+        settings = self.card.settings
+        transposed, embeddings = bool(settings.get("fan_in_fan_out")), settings.get(EMBEDDINGS, [])
+        files = write_peft(modules, self.card.base_name, transposed, embeddings, self.rows())
         files[CARD] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
         try:
             write_folder(path, files)

@@ -9,7 +9,7 @@ folded into B, once, here; written out, alpha = r, so that s = 1. Some methods h
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor
 from veneer.adapter import peft_config
 from veneer.adapter.faults import add_fault, finite
 from veneer.adapter.files import Unreadable, parse_object, read_whole
-from veneer.adapter.peft_tensors import KINDS, PREFIX, VECTORS, WEIGHTS, read_modules
+from veneer.adapter.peft_tensors import KINDS, VECTORS, WEIGHTS, read_modules
+from veneer.adapter.peft_vocabulary import ROWS, keys_of, row_key
 from veneer.methods import METHODS, method_class
 
 CONFIG = "adapter_config.json"
@@ -32,14 +33,16 @@ class PeftFolder:
     """What a PEFT folder says.
 
     method: name in METHODS. modules: module path -> kind -> tensor (a_RI, b_OR, perhaps a vector), float32, s folded
-    into b (and into c). scales: module path -> s. settings: the config's entries that say how it was made. base_name:
-    base_model_name_or_path.
+    into b (and into c). rows: module path -> rows of tokens. scales: module path -> s. settings: the config's entries
+    that say how it was made; vocabulary: those that tell of embedding and head. base_name: base_model_name_or_path.
     """
 
     method: str
     modules: dict[str, dict[str, Tensor]]
+    rows: dict[str, Tensor]
     scales: dict[str, float]
     settings: dict[str, Any]
+    vocabulary: dict[str, Any]
     base_name: str | None
 
 
@@ -47,10 +50,13 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     """Read a PEFT folder. Every fault found is appended to `faults`; with faults the answer is None."""
     before = len(faults)
     config = _read_config(folder, faults)
-    stored = read_modules(folder, faults)
+    stored, vocabulary = read_modules(folder, faults)
     if config is None:
         return None
     method = _method(config, stored, faults)
+    told = vocabulary.settings(config, faults)
+    if vocabulary.embeddings and method != "lora":
+        faults.append(f"{vocabulary.embeddings[0]}: an embedding with more than plain LoRA ({method}) is not read")
     scales = peft_config.scales(config, {module: len(held["a"]) for module, held in stored.items()}, faults)
     modules = {module: _folded(held, scales.get(module, 1.0)) for module, held in stored.items()}
     lost = [m for m in stored if any(finite(stored[m][kind]) and not finite(modules[m][kind]) for kind in stored[m])]
@@ -60,7 +66,8 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     if len(faults) > before:
         return None
     settings = {key: config[key] for key in peft_config.RECORDED if key in config}
-    return PeftFolder(method, modules, scales, settings, config.get("base_model_name_or_path"))
+    base_name = config.get("base_model_name_or_path")
+    return PeftFolder(method, modules, vocabulary.rows, scales, settings, told, base_name)
 
 
 def _folded(held: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -86,19 +93,26 @@ def _method(config: Mapping[str, Any], stored: Mapping[str, Mapping[str, Tensor]
 
 
 def write_peft(
-    modules: Mapping[str, Mapping[str, Tensor]], base_name: str | None, transposed: bool = False
+    modules: Mapping[str, Mapping[str, Tensor]],
+    base_name: str | None,
+    transposed: bool = False,
+    embeddings: Collection[str] = (),
+    rows: Mapping[str, tuple[list[int], Tensor]] | None = None,
 ) -> dict[str, bytes]:
     """The files of a PEFT folder, name -> bytes: equal tensors (module path -> kind -> tensor) give equal bytes,
-    whatever their order."""
-    keys = {kind: name for name, kind in KINDS.items()}
-    tensors = {
-        f"{PREFIX}{module}.{keys[kind]}": tensor
-        for module, held in sorted(modules.items())
-        for kind, tensor in held.items()
-    }
+    whatever their order.
+
+    embeddings: which modules are. rows: module path -> token ids, and their rows.
+    """
+    names = {kind: name for name, kind in KINDS.items()}
+    keys = {module: keys_of(module, names, module in embeddings) for module in modules}
+    tensors = {keys[module][kind]: tensor for module, held in sorted(modules.items()) for kind, tensor in held.items()}
+    tensors |= {row_key(module): tensor for module, (_, tensor) in sorted((rows or {}).items())}
     vectors = {kind for held in modules.values() for kind in held if kind in VECTORS.values()}
     ranks = {module: len(held["a"]) for module, held in modules.items()}
     config = peft_config.written(ranks, base_name, vectors, transposed)
+    if rows:
+        config[ROWS] = {module: ids for module, (ids, _) in rows.items()}
     return {
         WEIGHTS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

@@ -21,7 +21,6 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those 
 # Settings that add something to s · B A, with what they add: refused unless empty.
 _REFUSED = {
     "modules_to_save": "whole copies of base modules are part of the adapter",
-    "trainable_token_indices": "rows of the embedding are part of the adapter",
     "target_parameters": "parameters are adapted that are no linear layers, such as experts",
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "aLoRA acts only after certain tokens",
@@ -38,7 +37,7 @@ _HARMLESS = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "target_modules exclude_modules fan_in_fan_out lora_dropout layers_to_transform layers_pattern "
     "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
-    "ensure_weight_tying runtime_config".split()
+    "ensure_weight_tying runtime_config trainable_token_indices".split()  # the last: see peft_vocabulary
 )
 _READ = frozenset(
     "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias use_dora lora_bias".split()

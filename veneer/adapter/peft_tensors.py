@@ -10,29 +10,30 @@ from torch import Tensor
 
 from veneer.adapter.faults import add_fault, chains, finite, is_module
 from veneer.adapter.files import Unreadable
+from veneer.adapter.peft_vocabulary import PREFIX, Vocabulary, taken_out
 from veneer.adapter.weights import read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 # PEFT's names -> ours; beside the factors, the vectors of the methods that have one
 VECTORS = {"lora_magnitude_vector": "m", "lora_B.bias": "c", "base_layer.bias": "o"}
 KINDS = {"lora_A.weight": "a", "lora_B.weight": "b", **VECTORS}
 _ENDS = (".lora_A.weight", ".lora_B.weight")
 _FOREIGN_KEYS = {
-    "lora_embedding_": "an adapted embedding",
+    "lora_embedding_": "an adapted embedding whose factors stand under two names",
     "modules_to_save": "modules_to_save",
     "token_adapter": "trainable tokens",
     "base_layer": "base weights inside the adapter; save with save_embedding_layers=False",
 }
 
 
-def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Module path -> kind (a, b, a vector) -> tensor in float32, as stored. Incomplete and broken modules are faults,
-    and left out."""
+def read_modules(folder: Path, faults: list[str]) -> tuple[dict[str, dict[str, Tensor]], Vocabulary]:
+    """Module path -> kind (a, b, a vector) -> tensor in float32, as stored; and what is of embedding and head alone.
+    Incomplete and broken modules are faults, and left out."""
     found: dict[str, dict[str, Tensor]] = {}
     strangers = []
-    for key, tensor in _read_tensors(folder, faults).items():
+    tensors, vocabulary = taken_out(_read_tensors(folder, faults), faults)
+    for key, tensor in tensors.items():
         name = next((name for name in KINDS if key.endswith(f".{name}")), "")
         module = key.removesuffix(f".{name}").removeprefix(PREFIX) if name and key.startswith(PREFIX) else ""
         if is_module(module):
@@ -54,7 +55,7 @@ def read_modules(folder: Path, faults: list[str]) -> dict[str, dict[str, Tensor]
     bad = {module: held for module, held in whole.items() if not chains(*held.values())}
     told = [f"{m} ({', '.join(f'{k.upper()} {list(t.shape)}' for k, t in held.items())})" for m, held in bad.items()]
     add_fault(faults, "shapes do not chain (wanted A [r, in] and B [out, r])", told)
-    return {module: held for module, held in whole.items() if module not in bad}
+    return {module: held for module, held in whole.items() if module not in bad}, vocabulary
 
 
 def _stranger(key: str) -> str:

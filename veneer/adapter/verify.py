@@ -14,6 +14,7 @@ from torch import nn
 from veneer.adapter.card import Adapter
 from veneer.adapter.faults import add_fault
 from veneer.adapter.patterns import TooCostly, named
+from veneer.adapter.tokens import unfit_vocabulary
 from veneer.bases.base import Base
 from veneer.errors import WrongBaseError, listed
 from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
@@ -43,7 +44,7 @@ def check_base(adapter: Adapter, model: nn.Module, fingerprint: Fingerprint) -> 
     if "template" in differences:
         notes.append("chat template: the adapter was trained with another one than this tokenizer's")
     shapes = {path: shape for path, module in model.named_modules() if (shape := _shape_OI(module))}
-    faults += _unfit(adapter, shapes)
+    faults += _unfit(adapter, shapes) + unfit_vocabulary(adapter, model)
     if recorded.architecture == UNKNOWN:  # else the fingerprint has told
         faults += _uncovered(adapter, sorted(shapes), notes)
     if faults:
@@ -68,11 +69,14 @@ def _unverified(adapter: Adapter, recorded: Fingerprint, model: Fingerprint) -> 
 
 
 def _shape_OI(module: Any) -> tuple[int, int] | None:
-    """(O, I) of a linear layer; None for anything else, and for the weight inside a leaf."""
+    """(O, I) of a linear layer, an embedding being one over tokens; None for anything else, and for the weight inside
+    a leaf."""
     if isinstance(module, Base):
         return None
     if isinstance(getattr(module, "out_features", None), int):
         return module.out_features, module.in_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, stored as (I, O)
         return module.nf, module.nx
     return None

@@ -112,9 +112,10 @@ ADVICE: dict[str, str] = {
     "finetuning_type": "leave it out for lora; for dora write `method` dora",
     "full_finetuning": "the base is never changed; leave it out",
     "loftq_config": "every start leaves the base as it is; see `init_lora_weights`",
-    "modules_to_save": "nothing but the low-rank update is trained; leave it out",
-    "lora_modules_to_save": "nothing but the low-rank update is trained; leave it out",
-    "trainable_token_indices": "nothing but the low-rank update is trained; leave it out",
+    "modules_to_save": "no layer is trained whole; name it in `target_modules`, or tokens in `trainable_token_indices`",
+    "lora_modules_to_save": "no layer is trained whole; name it in `target_modules`, or tokens in "
+    "`trainable_token_indices`",
+    "ensure_weight_tying": "rows of `trainable_token_indices` are tied where the weight is; leave it out",
     "peft_use_dora": "write `method` dora",
     "peft_use_rslora": "write `use_rslora`",
     "lora_target_linear": "write `target_modules` all-linear, which it is if left out",

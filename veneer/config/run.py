@@ -28,6 +28,7 @@ from veneer.config.values import (
     StepsOrUnlimited,
     Targets,
     Text,
+    TokenIds,
     Trackers,
 )
 
@@ -53,10 +54,18 @@ class LoraSettings(Settings):
         description="start of A, with B at zero; or of both by the weight's SVD (pissa, milora) or QR (olora), kept as "
         "an anchor: the adapter is saved at twice the rank",
     )
-    target_modules: Targets = Field(default="all-linear", description="layers to adapt, by name or end of name")
+    target_modules: Targets = Field(
+        default="all-linear",
+        description="layers to adapt, by name or end of name; embed_tokens and lm_head only where they are named",
+    )
     exclude_modules: Names = Field(default=[], description="layers to leave out of target_modules")
     rank_pattern: Ranks = Field(default={}, description="other ranks for some layers")
     alpha_pattern: Alphas = Field(default={}, description="other lora_alpha for some layers")
+    trainable_token_indices: TokenIds = Field(
+        default=[],
+        description="ids of tokens whose rows of the embedding are trained whole (and of the head, where it is tied to "
+        'it); or of both: {"embed_tokens": [N], "lm_head": [N]}',
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> LoraSettings:

@@ -106,6 +106,12 @@ def _one_or_list(value: Any) -> Any:
     return found[0] if isinstance(found, list) and len(found) == 1 else found
 
 
+def _token_ids(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        return _json(value, dict)
+    return split_list(value) if not isinstance(value, int) else [value]
+
+
 def _counts(value: Any) -> Any:
     found = split_list(value) if not isinstance(value, int) else [value]
     return [None if one in ("none", "all") else one for one in found] if isinstance(found, list) else found
@@ -128,6 +134,8 @@ Folders = Annotated[list[Folder], BeforeValidator(split_list), Metavar("FOLDER,.
 Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_word_or_list), Metavar("all-linear|A,B,...")]
 Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_dict), Metavar("MODULE=N,...")]
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]
+_Ids = list[Annotated[int, Field(ge=0)]]
+TokenIds = Annotated[_Ids | dict[str, _Ids], BeforeValidator(_token_ids), Metavar("N,...")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_dtype)]
 Optim = Annotated[Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"], BeforeValidator(_optim)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]

@@ -43,6 +43,13 @@ def gaussian(w_OI: Tensor, rank: int, scale: float, generator: torch.Generator) 
     return torch.randn(rank, in_features, generator=generator) / rank, torch.zeros(out_features, rank)
 
 
+def lookup(w_OI: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A = 0, B ~ N(0, 1), of an embedding, as in PEFT: its input is one-hot, so that a small random A would keep all
+    that B learns small."""
+    out_features, in_features = w_OI.shape
+    return torch.zeros(rank, in_features), torch.randn(out_features, rank, generator=generator)
+
+
 def pissa(
     w_OI: Tensor, rank: int, scale: float, generator: torch.Generator, rounds: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.text import text_config
+from veneer.model.vocabulary import HeadLeaf
 
 # name in the config -> factor of the logits
 _SCALES: dict[str, Callable[[float], float]] = {
@@ -34,6 +35,18 @@ class Head(NamedTuple):
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
         return self.shaped(self.linear(hidden))[0]
+
+    def logits(self, hidden_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
+        """Logits (M, V) of hidden states (M, D), which stand at rows_M of the running stream, if one runs."""
+        hidden_MD = hidden_MD.to(self.linear.weight.dtype)
+        if isinstance(self.linear, HeadLeaf):
+            return self.shaped(self.linear.logits(hidden_MD, rows_M))[0]
+        return self.shaped(nn.functional.linear(hidden_MD, self.linear.weight, self.linear.bias))[0]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether a slot changes the logits now."""
+        return isinstance(self.linear, HeadLeaf) and bool(self.linear.speakers())
 
     def shaped(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scaled and capped; and the slope of the cap where it is, None where there is none."""

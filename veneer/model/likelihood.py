@@ -42,7 +42,7 @@ def sequence_likelihoods(
         targets = targets_of(stream, [example.targets for example in group])
         with running(model, stream):
             hidden_MD = hidden_states(model).float().index_select(0, targets.rows_M)
-        nll_M, hit_M = _head(hidden_MD, head_of(model), targets.tokens_M)
+            nll_M, hit_M = _head(hidden_MD, head_of(model), targets.tokens_M, targets.rows_M)
         columns = (nll_M, torch.ones_like(nll_M), hit_M)
         sums = (torch.zeros(len(group), device=device).index_add(0, targets.sequences_M, column) for column in columns)
         results += [
@@ -51,16 +51,14 @@ def sequence_likelihoods(
     return results
 
 
-def _head(hidden_MD: Tensor, head: Head, tokens_M: Tensor) -> tuple[Tensor, Tensor]:
+def _head(hidden_MD: Tensor, head: Head, tokens_M: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
     """-log softmax(head(hidden))[token], and 1 where no token is likelier; both (M) in float32, a chunk at a time."""
-    weight_VD = head.linear.weight
     nll_M = torch.empty(len(hidden_MD), dtype=torch.float32, device=hidden_MD.device)
     hit_M = torch.empty_like(nll_M)
     chunk = chunk_of(len(hidden_MD), hidden_MD.is_cuda)
     for start in range(0, len(hidden_MD), chunk):
         rows = slice(start, start + chunk)
-        logits_MV = nn.functional.linear(hidden_MD[rows].to(weight_VD.dtype), weight_VD, head.linear.bias)
-        logits_MV, _ = head.shaped(logits_MV)
+        logits_MV = head.logits(hidden_MD[rows], rows_M[rows])
         hit_M[rows] = (logits_MV.argmax(-1) == tokens_M[rows]).float()  # first: what follows overwrites the logits
         nll_M[rows] = cross_entropy_(logits_MV, tokens_M[rows], False)
     return nll_M, hit_M

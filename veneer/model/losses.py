@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.kernels.cross_entropy import cross_entropy_
+from veneer.model.adapted_head import adapted_nll
 from veneer.model.head import Head, head_of
 from veneer.model.packed import hidden_states, running
 from veneer.model.stream import EVEN, Stream, pack
@@ -61,7 +62,7 @@ def cross_entropy(model: nn.Module, stream: Stream, targets: Targets) -> tuple[T
     """
     # In float32: a row that several sequences predict from gets the sum of their gradients, rounded once.
     hidden_MD = hidden_states(model).float().index_select(0, targets.rows_M)
-    nll_M = head_nll(hidden_MD, head_of(model), targets.tokens_M)
+    nll_M = head_nll(hidden_MD, head_of(model), targets.tokens_M, targets.rows_M)
     zeros = torch.zeros(len(stream.sequences), device=nll_M.device)
     sums_N = zeros.index_add(0, targets.sequences_M, nll_M)
     return sums_N, zeros.index_add(0, targets.sequences_M, torch.ones_like(nll_M))
@@ -72,8 +73,14 @@ def chunk_of(rows: int, on_gpu: bool) -> int:
     return min(max(CHUNK, -(-rows // CHUNKS)), MOST) if on_gpu else CHUNK
 
 
-def head_nll(hidden_MD: Tensor, head: Head, tokens_M: Tensor) -> Tensor:
-    """-log softmax(head(hidden))[token], (M) in float32, through a frozen head."""
+def head_nll(hidden_MD: Tensor, head: Head, tokens_M: Tensor, rows_M: Tensor | None = None) -> Tensor:
+    """-log softmax(head(hidden))[token], (M) in float32.
+
+    rows_M: where in the running stream the hidden states stand, for a head with slots.
+    """
+    if head.speaks:
+        chunk = max(1, chunk_of(len(hidden_MD), hidden_MD.is_cuda) // 4)  # some of its size are alive at once
+        return adapted_nll(hidden_MD, head, tokens_M, rows_M, chunk)
     return _HeadNLL.apply(hidden_MD, head, tokens_M)
 
 

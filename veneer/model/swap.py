@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.bases.base import Base, frozen
 from veneer.bases.dense import Dense
+from veneer.bases.lookup import Lookup
 from veneer.bases.transposed import Transposed
 from veneer.errors import ModelError
 from veneer.model.leaf import Leaf
@@ -15,6 +16,7 @@ from veneer.model.norm import FrozenRMSNorm
 from veneer.model.packed import wiring_of
 from veneer.model.siblings import family
 from veneer.model.text import text_modules
+from veneer.model.vocabulary import EmbeddingLeaf, HeadLeaf, embedding_path, head_path, is_tied, multiplier_of
 
 # Class names whose arithmetic FrozenRMSNorm repeats (to rounding); others keep the model's own code.
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -36,24 +38,41 @@ def linear_paths(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kinds, inside = (nn.Linear, Conv1D, Leaf), text_modules(model)
     named = model.named_modules()
-    return [path for path, module in named if isinstance(module, kinds) and module in inside and module is not head]
+    linear = [(path, module) for path, module in named if isinstance(module, kinds) and module in inside]
+    return [path for path, module in linear if module is not head and not isinstance(module, EmbeddingLeaf)]
 
 
 def check_adaptable(model: nn.Module, path: str) -> None:
-    """Raises ModelError when what stands at `path` is neither a plain linear layer nor a leaf."""
+    """Raises ModelError when what stands at `path` is no plain linear layer, no token embedding and no leaf."""
     module = model.get_submodule(path)
+    if path == embedding_path(model) and not isinstance(module, Leaf):
+        multiplier_of(module)
+        return
     if type(module) not in (nn.Linear, Conv1D) and not isinstance(module, Leaf):
         raise ModelError(f"{path} is a {type(module).__name__}; an adapter goes on a plain linear layer")
 
 
 def leaf_at(model: nn.Module, path: str) -> Leaf:
-    """The leaf at `path`, swapped in now if a plain linear layer stands there."""
+    """The leaf at `path`, swapped in now if a plain linear layer or the token embedding stands there."""
     module = model.get_submodule(path)
     if isinstance(module, Leaf):
         return module
     check_adaptable(model, path)
+    if path == embedding_path(model):
+        return _placed(model, EmbeddingLeaf(Lookup.from_embedding(module), wiring_of(model), path, module))
     kind = Transposed if isinstance(module, Conv1D) else Dense
-    return place_leaf(model, path, kind.from_linear(module))
+    base = kind.from_linear(module)
+    leaf = HeadLeaf(base, wiring_of(model), path) if path == head_path(model) else Leaf(base, wiring_of(model), path)
+    return _placed(model, leaf)
+
+
+def tie_rows(model: nn.Module) -> None:
+    """Gives a head that is tied to the embedding its trained rows, too."""
+    embedding = model.get_submodule(embedding_path(model) or "")
+    if isinstance(embedding, EmbeddingLeaf) and is_tied(model):
+        head = leaf_at(model, str(head_path(model)))
+        assert isinstance(head, HeadLeaf)
+        head.tie(embedding)
 
 
 def base_of(layer: nn.Module) -> Base:
@@ -61,12 +80,18 @@ def base_of(layer: nn.Module) -> Base:
     if isinstance(layer, Leaf):
         return layer.base
     weight = layer.weight.detach()
+    if isinstance(layer, nn.Embedding):
+        return Lookup(frozen(weight))
     return Dense.from_weight(weight.t() if isinstance(layer, Conv1D) else weight)
 
 
 def place_leaf(model: nn.Module, path: str, base: Base) -> Leaf:
     """Puts a leaf around `base` where another module stands, and makes it known to its siblings."""
-    leaf = Leaf(base, wiring_of(model), path)
+    return _placed(model, Leaf(base, wiring_of(model), path))
+
+
+def _placed(model: nn.Module, leaf: Leaf) -> Leaf:
+    path = leaf.path
     for neighbour in model.get_submodule(path.rpartition(".")[0]).children():
         if isinstance(neighbour, Leaf) and family(neighbour.path) == family(path):
             neighbour.siblings.append(leaf)
@@ -101,6 +126,8 @@ def unswap(model: nn.Module) -> int:
 
 def _layer(leaf: Leaf) -> nn.Module:
     """The layer that `leaf` stands for, holding the same weights."""
+    if isinstance(leaf, EmbeddingLeaf):
+        return leaf.original()
     base: Base = leaf.base
     with torch.device("meta"):
         if isinstance(base, Transposed):

@@ -176,7 +176,8 @@ def base_parameters(model: nn.Module) -> int:
     packed = {id(parameter) for base in bases for parameter in base.parameters()}
     others = {id(p): p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in packed}
     biases = sum(base.out_features for base in bases if base.bias is not None)
-    return sum(base.out_features * base.in_features for base in bases) + biases + sum(others.values())
+    weights = {id(base.weight): base.out_features * base.in_features for base in bases}  # a tied head's is no second
+    return sum(weights.values()) + biases + sum(others.values())
 
 
 def _tokens(examples: Sequence[Unit]) -> int:

@@ -54,7 +54,7 @@ def _held(job: Job, ranks: Ranks) -> str:
     passes = [ranks.share(job.rows(micro)) for micro in range(job.settings.gradient_accumulation_steps)]
     rows = max(passes, key=lambda rows: sum(len(example.input_ids) for example in rows))
     lengths = [len(example.input_ids) for example in rows]
-    widths = sorted({method.rank for method in job.methods.values()})
+    widths = sorted({method.rank for method in job.methods.values() if method.rank})
     width = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
     asked = job.settings.gradient_checkpointing
     recompute = "on" if asked is True or (asked == "auto" and job.parted) else asked or "off"

@@ -1,0 +1,79 @@
+"""Rows of the vocabulary, trained as they are: what PEFT calls trainable tokens.
+
+Legend: N tokens that are trained, V vocabulary, D hidden size, T tokens of a call; as a base O and I are these two.
+
+A row stands in the place of the base's, it is not added to it: what the base has there (of a token that was never
+trained, say, random numbers) does not matter to what was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from veneer.bases.base import Base
+from veneer.bases.lookup import Lookup
+from veneer.methods.base import Method
+
+
+class TokenRows(Method):
+    """Rows (N, D), float32, of the tokens `ids`, in an embedding or in a vocabulary head. No member of METHODS: an
+    adapter has them beside the factors of one."""
+
+    name = "rows"
+    kinds = ("rows",)
+    scale = 1.0
+    rank = 0
+    ids_N: Tensor
+    place_V: Tensor
+
+    def __init__(self, rows_ND: Tensor, ids: Sequence[int], vocabulary: int) -> None:
+        super().__init__()
+        self.rows_ND = nn.Parameter(rows_ND)
+        ids_N = torch.tensor(list(ids), dtype=torch.int64)
+        place_V = torch.full((vocabulary,), -1, dtype=torch.int64)  # where a token's row stands; -1: it has none
+        place_V[ids_N] = torch.arange(len(ids_N))
+        self.register_buffer("ids_N", ids_N, persistent=False)
+        self.register_buffer("place_V", place_V, persistent=False)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.ids_N.tolist()
+
+    def embedded(self, ids_T: Tensor, y_TD: Tensor) -> Tensor:
+        """Δ (T, D) of tokens that the base has embedded as y_TD: its row less y where a token has one, else 0."""
+        place_T = self.place_V[ids_T]
+        rows_TD = self.rows_ND[place_T.clamp_min(0)].to(y_TD.dtype)
+        return torch.where((place_T >= 0)[:, None], rows_TD - y_TD, 0.0)
+
+    def delta(self, x_TI: Tensor, y_TO: Tensor, base: Base, gate_TR: Tensor | None = None) -> Tensor:
+        """For the logits y_TO (T, V) of a head, its input x_TI (T, D). Raises ValueError with a gate: no rank."""
+        if gate_TR is not None:
+            raise ValueError("rows of the vocabulary cannot be gated by rank: they are of no rank")
+        moved_ND = self.rows_ND - rows_of(base, self.ids_N)  # not of the products: zero at the start, to the bit
+        return torch.zeros_like(y_TO).index_copy(1, self.ids_N, x_TI @ moved_ND.to(x_TI.dtype).t())
+
+    def merged(self, base: Base) -> Tensor:
+        weight_OI = base.dense()
+        weight_VD = weight_OI.t() if isinstance(base, Lookup) else weight_OI
+        weight_VD[self.ids_N] = self.rows_ND.detach().to(weight_VD)
+        return weight_OI
+
+    def update_norm(self, base: Base) -> float:
+        return torch.linalg.vector_norm(self.rows_ND.detach() - rows_of(base, self.ids_N)).item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self.rows_ND.detach().to(torch.float32, copy=True)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        found, wanted = tuple(tensors["rows"].shape), tuple(self.rows_ND.shape)
+        if found != wanted:
+            raise ValueError(f"got rows {found}, wanted {wanted}")
+        self.rows_ND.data.copy_(tensors["rows"])
+
+
+def rows_of(base: Base, ids_N: Tensor) -> Tensor:
+    """The rows (N, D) that a dense embedding or head has for these tokens, float32, a copy."""
+    return base.weight.detach()[ids_N.to(base.device)].to(torch.float32, copy=True)  # (V, D) in both
