@@ -35,8 +35,8 @@ _FAULTS = 40  # told one by one
 # Settings that leave no trace in the forward once training is over: ranks and scale are in the tensors.
 # Every other setting counts, so that a new method's settings are part of its identity unless named here.
 _TRAINING_ONLY = frozenset(
-    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules fan_in_fan_out "
-    "layers_to_transform rank_pattern alpha_pattern".split()
+    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules target_parameters exclude_modules "
+    "fan_in_fan_out layers_to_transform rank_pattern alpha_pattern".split()
 )
 
 
@@ -206,7 +206,10 @@ class Adapter:
             raise AdapterError(f"{path}: a file. Wanted a folder, or a new name for one.")
         card = {**self.card.to_json(), "identity": self.identity}
         modules = {module: self.of(module) for module in self.modules()}
-        files = write_peft(modules, self.card.base_name, bool(self.card.settings.get("fan_in_fan_out")))
+        try:
+            files = write_peft(modules, self.card.base_name, bool(self.card.settings.get("fan_in_fan_out")))
+        except ValueError as error:
+            raise AdapterError(f"{path}: no PEFT folder holds this adapter: {error}. Nothing was written.") from error
         files[CARD] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
         try:
             write_folder(path, files)

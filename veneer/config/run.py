@@ -54,6 +54,9 @@ class LoraSettings(Settings):
         "an anchor: the adapter is saved at twice the rank",
     )
     target_modules: Targets = Field(default="all-linear", description="layers to adapt, by name or end of name")
+    target_parameters: Names = Field(
+        default=[], description="experts to adapt besides, each with a rank of its own: mlp.experts.gate_up_proj"
+    )
     exclude_modules: Names = Field(default=[], description="layers to leave out of target_modules")
     rank_pattern: Ranks = Field(default={}, description="other ranks for some layers")
     alpha_pattern: Alphas = Field(default={}, description="other lora_alpha for some layers")
