@@ -195,7 +195,7 @@ def find_targets(model: nn.Module, settings: LoraSettings) -> list[str]:
         excluded = set(_named([*linear, *experts], settings.exclude_modules, "exclude_modules"))
         chosen = [path for path in chosen if path not in excluded]
     if not chosen:
-        raise ConfigError("no layer is left to adapt: target_modules and target_parameters, less exclude_modules")
+        raise ConfigError("no linear layer is left to adapt after exclude_modules, and no experts")
     return [path for path in (*linear, *experts) if path in set(chosen)]
 
 

@@ -53,6 +53,8 @@ def unwrapped(
     add_fault(faults, "factors around a wrapped layer that target_parameters does not explain", nested)
     lacking = sorted(set(names) - set(stored))
     add_fault(faults, "target_parameters means layers of experts of which factors are missing", lacking)
+    twice = sorted(set(names.values()) & stored.keys())
+    add_fault(faults, "factors under the name of a parameter that target_parameters means", twice)
     return {names.get(module, module): held for module, held in stored.items()}, set(names.values())
 
 
@@ -60,21 +62,17 @@ def _wrapped_names(
     config: Mapping[str, Any], stored: Mapping[str, Held], targets: Sequence[str], faults: list[str]
 ) -> dict[str, str]:
     """PEFT's path -> parameter path, of every module with factors that targets name a parameter of."""
-    outer = sorted({module.partition(WRAPPER)[0] for module in stored}) if targets else []
+    if not targets:
+        return {}
+    outer = sorted({module.partition(WRAPPER)[0] for module in stored})
     linear, told = set(), config.get("target_modules")
     try:
         if isinstance(told, (str, list)):
             linear = set(named(told, outer))
     except TooCostly as error:
         faults.append(f"target_modules: {error}")
-    meant = [
-        f"{module}.{name}"
-        for module in outer
-        if module not in linear
-        for name in PROJECTIONS
-        if any(f".{module}.{name}".endswith(f".{target}") for target in targets)
-    ]
-    return {path: parameter for parameter, path in wrapped(meant).items()}
+    possible = [f"{module}.{name}" for module in outer if module not in linear for name in PROJECTIONS]
+    return {path: parameter for parameter, path in wrapped(named(targets, possible)).items()}
 
 
 def apart(parameter: str, held: Held, rank: int) -> dict[str, Held]:

@@ -49,7 +49,9 @@ def check_base(adapter: Adapter, model: nn.Module, fingerprint: Fingerprint) -> 
     experts = _expert_shapes(model)
     faults += [*_unfit(adapter, linear | experts), *_partly(adapter, list(experts))]
     if recorded.architecture == UNKNOWN:  # else the fingerprint has told
-        faults += _uncovered(adapter, sorted(linear), notes)
+        parameters = sorted({parameter_of(module) or "" for module in experts})
+        faults += _uncovered(adapter, "target_modules", sorted(linear), notes)
+        faults += _uncovered(adapter, "target_parameters", parameters, notes)
     if faults:
         name = adapter.card.base_name
         next_step = f"Load the base it was trained on{f' ({name!r})' if name else ''}, or train it for this one."
@@ -130,18 +132,19 @@ def _bare(path: str) -> str:
     return ".".join(part for part in path.lower().split(".") if part not in ("model", "language_model", "base_model"))
 
 
-def _uncovered(adapter: Adapter, linears: Sequence[str], notes: list[str]) -> list[str]:
+def _uncovered(adapter: Adapter, option: str, layers: Sequence[str], notes: list[str]) -> list[str]:
     """Layers of the model that the recorded targets mean but the adapter lacks: the base it comes from had fewer."""
     faults: list[str] = []
     settings = adapter.card.settings
-    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
+    targets, excluded = settings.get(option), settings.get("exclude_modules")
     if not targets or targets == "all-linear" or settings.get("layers_to_transform") is not None:
         return []
     try:
-        meant = set(named(targets, linears)) - set(named(excluded or [], linears))
+        meant = set(named(targets, layers)) - set(named(excluded or [], layers))
     except TooCostly as error:
-        notes.append(f"target_modules not compared with the model's layers: {error}")
+        notes.append(f"{option} not compared with the model's layers: {error}")
         return []
-    uncovered = [module for module in linears if module in meant and module not in adapter.card.ranks]
-    add_fault(faults, "layers that target_modules means but the adapter has no factors for", uncovered)
+    held = {parameter_of(module) or module for module in adapter.card.ranks}
+    uncovered = [layer for layer in layers if layer in meant and layer not in held]
+    add_fault(faults, f"layers that {option} means but the adapter has no factors for", uncovered)
     return faults
