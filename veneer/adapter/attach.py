@@ -29,7 +29,7 @@ from veneer.methods import method_class
 from veneer.methods.anchored import AnchoredLoRA
 from veneer.methods.base import Method
 from veneer.methods.dora import DoRA
-from veneer.methods.experts import ExpertLoRA, stacked
+from veneer.methods.experts import ExpertLoRA
 from veneer.methods.init import INITS
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
@@ -304,7 +304,8 @@ def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: 
     if isinstance(base, Stacked):
         shape_OI = torch.empty(base.out_features, base.in_features, device="meta")
         each = [start.factors(shape_OI, rank, scale, generator) for _ in range(len(base.w_EOI))]
-        return ExpertLoRA(*stacked(each), scale)
+        a_ERI, b_EOR = map(torch.stack, zip(*each, strict=True))
+        return ExpertLoRA(a_ERI, b_EOR, scale)
     try:
         a_RI, b_OR = start.factors(_start_weight(base, start.anchored), rank, scale, generator)
     except ValueError as error:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from veneer.methods.experts import stacked
 from veneer.model.experts import PROJECTIONS
 
 
@@ -29,8 +29,9 @@ def numbered(parameter: str, experts: int) -> list[str]:
 
 
 def together(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Module path -> kind -> tensor, with the experts of one parameter as one: a (E, R, I), b (E, O, R), R the highest
-    rank among them. Raises ValueError where experts are missing in between, or have more than factors.
+    """Module path -> kind -> tensor, with the experts of one parameter as one: a (E, R, I), b (E, O, R).
+
+    Raises ValueError where experts are missing in between, are of different ranks, or have more than factors.
     """
     found: dict[str, dict[str, Tensor]] = {}
     experts: dict[str, dict[str, Mapping[str, Tensor]]] = {}
@@ -39,10 +40,16 @@ def together(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str,
             found[module] = dict(held)
         else:
             experts.setdefault(parameter, {})[module] = held
-    for parameter, members in experts.items():
-        ordered = [members.get(module) for module in numbered(parameter, len(members))]
-        if any(held is None or set(held) != {"a", "b"} for held in ordered):
-            raise ValueError(f"{parameter} lacks plain factors for some of its experts; it has {', '.join(members)}")
-        a_ERI, b_EOR = stacked([(held["a"], held["b"]) for held in ordered if held is not None])
-        found[parameter] = {"a": a_ERI, "b": b_EOR}
-    return found
+    return found | {parameter: _stacked(parameter, members) for parameter, members in experts.items()}
+
+
+def _stacked(parameter: str, members: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    names = numbered(parameter, len(members))
+    if not members.keys() == set(names) or any(held.keys() != {"a", "b"} for held in members.values()):
+        raise ValueError(f"{parameter} lacks plain factors for some of its experts; it has {', '.join(members)}")
+    ranks = sorted({len(held["a"]) for held in members.values()})
+    if len(ranks) > 1:
+        raise ValueError(
+            f"{parameter} has experts of ranks {', '.join(map(str, ranks))}, wanted one rank for all of them"
+        )
+    return {kind: torch.stack([members[name][kind] for name in names]) for kind in ("a", "b")}

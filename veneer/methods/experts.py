@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from veneer.bases.base import Base
@@ -40,11 +39,3 @@ class ExpertLoRA(LoRA):
 
     def update_norm(self, base: Base) -> float:
         return math.hypot(*(norm(a_RI, b_OR) for a_RI, b_OR in zip(*self.plain(), strict=True)))
-
-
-def stacked(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """a (E, R, I), b (E, O, R) of each expert's own pair; lower ranks are filled up with zeros."""
-    rank = max(len(a_RI) for a_RI, _ in factors)
-    pad = torch.nn.functional.pad
-    a_ERI = torch.stack([pad(a_RI, (0, 0, 0, rank - len(a_RI))) for a_RI, _ in factors])
-    return a_ERI, torch.stack([pad(b_OR, (0, rank - b_OR.shape[1])) for _, b_OR in factors])
