@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.families import config_of, model_of
 from veneer.adapter.attach import attach, methods_of, take
+from veneer.adapter.callback import AdapterCallback
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.experts import parameter_of, together
 from veneer.adapter.peft_experts import apart, joined
@@ -108,6 +109,23 @@ def test_each_expert_is_a_module_of_plain_factors(tmp_path):
     assert adapter.card.method == "lora" and adapter.card.base is not None
     for path, method in methods_of(attached(adapter), "default").items():
         torch.testing.assert_close(method.tensors(), methods_of(model, "default")[path].tensors())
+
+
+def test_a_checkpoint_of_trainer_puts_them_back(tmp_path):
+    settings = LoraSettings(r=2, target_modules=["q_proj"], target_parameters=BOTH)
+    trained, other = attach(made(), settings), attach(made(), settings, seed=1)
+    for method in methods_of(trained, "default").values():
+        torch.nn.init.normal_(method.b_OR)
+    take(trained).save(tmp_path / "adapter")
+    kept = {path: (method.a_RI, method.b_OR) for path, method in methods_of(other, "default").items()}
+    AdapterCallback()._put_back(other, tmp_path)
+    assert torch.equal(logits(other), logits(trained))
+    assert all(m.a_RI is kept[p][0] and m.b_OR is kept[p][1] for p, m in methods_of(other, "default").items())
+    fewer = attach(made(), LoraSettings(r=3, target_modules=["q_proj"], target_parameters=BOTH))
+    with pytest.raises(
+        AdapterError, match=r"holds another adapter:(?s:.*)experts.down_proj: checkpoint .*\(4, 2, 48\)"
+    ):
+        AdapterCallback()._put_back(fewer, tmp_path)
 
 
 SIZES = st.integers(1, 4)

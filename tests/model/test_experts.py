@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.families import config_of, model_of
 from veneer.adapter.attach import attach, detach, merge_into, methods_of
@@ -182,6 +184,32 @@ def test_layers_computed_twice_or_compiled_give_the_same(family, arranged):
     as_they_were(model)
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that was made, but for views of what there was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_update_is_never_formed(family):
+    """No tensor as large as the experts' weights is made, forward or backward."""
+    model = spoken(family)
+    with running(model, pack(SEQUENCES, WHO)), Largest(model) as largest:
+        head_of(model)(hidden_states(model)).square().sum().backward()
+    experts = [p.numel() for p in expert_parameters(model).values()]
+    assert 0 < largest.elements < min(experts) / 1.5
 
 
 def test_the_base_keeps_its_own_code_where_nobody_speaks(monkeypatch):

@@ -86,7 +86,7 @@ class ExpertLeaf(Slotted):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing: adapters are taken with `veneer.take`."""
-        return kwargs.get("destination", args[0] if args else None) or {}
+        return kwargs.get("destination", args[0] if args else {})
 
 
 def _keep_slots(leaf: ExpertLeaf, state: dict[str, Tensor], prefix: str, *_unused: Any) -> None:
