@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from veneer.adapter.attach import methods_of, take
 from veneer.adapter.card import Adapter
+from veneer.adapter.experts import together
 from veneer.errors import AdapterError, listed
 
 FOLDER = "adapter"
@@ -63,7 +64,9 @@ class AdapterCallback(TrainerCallback):
     def _put_back(self, model: nn.Module, checkpoint: Path) -> None:
         """Copies the checkpoint's factors into the slot, in place: the optimiser holds on to these tensors."""
         adapter, methods = Adapter.load(checkpoint / FOLDER), methods_of(model, self.name)
-        saved = {path: _shapes(adapter.of(path)) for path in (*adapter.modules(), *adapter.rows())}
+        held = together({path: adapter.of(path) for path in adapter.modules()})
+        held |= {path: adapter.of(path) for path in adapter.rows()}
+        saved = {path: _shapes(tensors) for path, tensors in held.items()}
         attached = {path: _shapes(method.tensors()) for path, method in methods.items()}
         differing = sorted(path for path in saved | attached if saved.get(path) != attached.get(path))
         faults = [f"{path}: checkpoint {saved.get(path)}, attached {attached.get(path)}" for path in differing]
@@ -71,7 +74,7 @@ class AdapterCallback(TrainerCallback):
             next_step = "Attach with the settings of the run that wrote it."
             raise AdapterError(listed(f"{checkpoint} holds another adapter:", faults, next_step))
         for path, method in methods.items():
-            method.restore(adapter.of(path))
+            method.restore(held[path])
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -36,8 +36,8 @@ _FAULTS = 40  # told one by one
 # Settings that leave no trace in the forward once training is over: ranks and scale are in the tensors.
 # Every other setting counts, so that a new method's settings are part of its identity unless named here.
 _TRAINING_ONLY = frozenset(
-    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules exclude_modules fan_in_fan_out "
-    "layers_to_transform rank_pattern alpha_pattern".split()
+    "r lora_alpha lora_dropout use_rslora scale init_lora_weights target_modules target_parameters exclude_modules "
+    "fan_in_fan_out layers_to_transform rank_pattern alpha_pattern".split()
 ) | {EMBEDDINGS, COPIES}  # what the base has there
 
 
@@ -222,7 +222,10 @@ class Adapter:
         modules = {module: self.of(module) for module in self.modules()}
         settings = self.card.settings
         transposed, embeddings = bool(settings.get("fan_in_fan_out")), settings.get(EMBEDDINGS, [])
-        files = write_peft(modules, self.card.base_name, transposed, embeddings, self.rows())
+        try:
+            files = write_peft(modules, self.card.base_name, transposed, embeddings, self.rows())
+        except ValueError as error:
+            raise AdapterError(f"{path}: no PEFT folder holds this adapter: {error}. Nothing was written.") from error
         files[CARD] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
         try:
             write_folder(path, files)

@@ -3,7 +3,7 @@
 Legend: R rank, I in, O out. On disk: adapter_config.json, and adapter_model.safetensors with, for each module,
 `base_model.model.<module>.lora_A.weight` (R, I) and `.lora_B.weight` (O, R). The update is s · B A. Inside veneer s is
 folded into B, once, here; written out, alpha = r, so that s = 1. Some methods have a vector (O) as well, such as DoRA's
-`.lora_magnitude_vector`.
+`.lora_magnitude_vector`. Experts are together there (`veneer.adapter.peft_experts`), and one module each here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import safetensors.torch
 from torch import Tensor
 
 from veneer.adapter import peft_config
+from veneer.adapter.experts import together
 from veneer.adapter.faults import add_fault, finite
 from veneer.adapter.files import Unreadable, parse_object, read_whole
+from veneer.adapter.peft_experts import apart, joined, unwrapped, wrapped
 from veneer.adapter.peft_tensors import KINDS, VECTORS, WEIGHTS, read_modules
 from veneer.adapter.peft_vocabulary import ROWS, keys_of, row_key
 from veneer.methods import METHODS, method_class
@@ -57,7 +59,9 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     told = vocabulary.settings(config, faults)
     if vocabulary.embeddings and method != "lora":
         faults.append(f"{vocabulary.embeddings[0]}: an embedding with more than plain LoRA ({method}) is not read")
-    scales = peft_config.scales(config, {module: len(held["a"]) for module, held in stored.items()}, faults)
+    stored, experts = unwrapped(config, stored, faults)
+    rows = {module: len(held["a"]) for module, held in stored.items()}
+    scales = peft_config.scales(config, rows, faults, experts)
     modules = {module: _folded(held, scales.get(module, 1.0)) for module, held in stored.items()}
     lost = [m for m in stored if any(finite(stored[m][kind]) and not finite(modules[m][kind]) for kind in stored[m])]
     add_fault(faults, "values overflow once the scale is folded in", lost)
@@ -65,6 +69,10 @@ def read_peft(folder: Path, faults: list[str]) -> PeftFolder | None:
     add_fault(faults, "values vanish once the scale is folded in", gone)
     if len(faults) > before:
         return None
+    for parameter, rank in peft_config.told_ranks(config, sorted(experts)).items():
+        each = apart(parameter, modules.pop(parameter), rank)
+        modules |= each
+        scales |= dict.fromkeys(each, scales.pop(parameter))
     settings = {key: config[key] for key in peft_config.RECORDED if key in config}
     base_name = config.get("base_model_name_or_path")
     return PeftFolder(method, modules, vocabulary.rows, scales, settings, told, base_name)
@@ -100,17 +108,22 @@ def write_peft(
     rows: Mapping[str, tuple[list[int], Tensor]] | None = None,
 ) -> dict[str, bytes]:
     """The files of a PEFT folder, name -> bytes: equal tensors (module path -> kind -> tensor) give equal bytes,
-    whatever their order.
+    whatever their order. Raises ValueError where a layer lacks the factors of some of its experts.
 
     embeddings: which modules are. rows: module path -> token ids, and their rows.
     """
     names = {kind: name for name, kind in KINDS.items()}
-    keys = {module: keys_of(module, names, module in embeddings) for module in modules}
-    tensors = {keys[module][kind]: tensor for module, held in sorted(modules.items()) for kind, tensor in held.items()}
+    modules = together(modules)
+    experts = wrapped([module for module, held in modules.items() if held["a"].dim() == 3])
+    tensors = {
+        keys_of(experts.get(module, module), names, module in embeddings)[kind]: tensor
+        for module, held in sorted(modules.items())
+        for kind, tensor in (joined(held) if module in experts else held).items()
+    }
     tensors |= {row_key(module): tensor for module, (_, tensor) in sorted((rows or {}).items())}
     vectors = {kind for held in modules.values() for kind in held if kind in VECTORS.values()}
-    ranks = {module: len(held["a"]) for module, held in modules.items()}
-    config = peft_config.written(ranks, base_name, vectors, transposed)
+    ranks = {module: held["a"].shape[-2] for module, held in modules.items()}
+    config = peft_config.written(ranks, base_name, vectors, transposed, sorted(experts))
     if rows:
         config[ROWS] = {module: ids for module, (ids, _) in rows.items()}
     return {

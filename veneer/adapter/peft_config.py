@@ -21,7 +21,6 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those 
 # Settings that add something to s · B A, with what they add: refused unless empty.
 _REFUSED = {
     "modules_to_save": "whole copies of base modules are part of the adapter",
-    "target_parameters": "parameters are adapted that are no linear layers, such as experts",
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "aLoRA acts only after certain tokens",
     "use_qalora": "QALoRA pools the input",
@@ -35,7 +34,7 @@ _REFUSED = {
 # Settings that choose targets, concern training only, or say where the adapter came from.
 _HARMLESS = frozenset(
     "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules fan_in_fan_out lora_dropout layers_to_transform layers_pattern "
+    "target_modules target_parameters exclude_modules fan_in_fan_out lora_dropout layers_to_transform layers_pattern "
     "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
     "ensure_weight_tying runtime_config trainable_token_indices".split()  # the last: see peft_vocabulary
 )
@@ -49,16 +48,22 @@ RECORDED = (
     "lora_dropout",
     "fan_in_fan_out",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
 )
 
 
 def written(
-    ranks: Mapping[str, int], base_name: str | None, vectors: Collection[str] = (), transposed: bool = False
+    ranks: Mapping[str, int],
+    base_name: str | None,
+    vectors: Collection[str] = (),
+    transposed: bool = False,
+    experts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """adapter_config.json for modules of these ranks, with alpha = r everywhere. vectors: kinds beside the factors.
     transposed: the base's layers are `Conv1D`; their factors are as all others, but PEFT warns where it is not told.
+    experts: those of the modules that are parameters of experts.
 
     Targets are whole paths: an end such as `q_proj` would also adapt the layers that a rank plan left out.
     """
@@ -84,12 +89,15 @@ def written(
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - set(experts)),
+        **({"target_parameters": list(experts)} if experts else {}),
     }
 
 
-def scales(config: Mapping[str, Any], ranks: Mapping[str, int], faults: list[str]) -> dict[str, float]:
-    """s of each module of these ranks (read from its tensors).
+def scales(
+    config: Mapping[str, Any], ranks: Mapping[str, int], faults: list[str], experts: Collection[str] = ()
+) -> dict[str, float]:
+    """s of each module of these ranks (read from its tensors). experts: modules with so many ranks for each expert.
 
     Appended to `faults`: whatever makes the adapter more than s · B A, is out of range or not understood, and every
     module whose rank in the config is not that of its tensors. With such faults the answer may lack modules.
@@ -101,14 +109,20 @@ def scales(config: Mapping[str, Any], ranks: Mapping[str, int], faults: list[str
         faults.append(f"peft_type: got {kind!r:.80}; {hint}" if kind else "peft_type: missing, wanted 'LORA'")
         return {}
     faults += [*_variants(config), *_malformed(config), *_strangers(config)]
-    told_ranks = _resolved(config, "r", "rank_pattern", modules, faults)
+    told = _resolved(config, "r", "rank_pattern", modules, faults)
     alphas = _resolved(config, "lora_alpha", "alpha_pattern", modules, faults)
     if len(faults) > before:
         return {}
-    wrong = [f"{m} (config {told_ranks[m]}, tensors {ranks[m]})" for m in modules if told_ranks[m] != ranks[m]]
+    odd = [m for m in modules if (ranks[m] % told[m] if m in experts else told[m] != ranks[m])]
+    wrong = [f"{m} (config {told[m]}, tensors {ranks[m]})" for m in odd]
     add_fault(faults, "the rank is not that of the tensors", wrong)
     root = math.sqrt if config.get("use_rslora") else float
-    return {module: alphas[module] / root(ranks[module]) for module in modules}
+    return {module: alphas[module] / root(told[module]) for module in modules}
+
+
+def told_ranks(config: Mapping[str, Any], modules: Sequence[str]) -> dict[str, int]:
+    """r of each module, of a config in which `scales` has found no fault."""
+    return _resolved(config, "r", "rank_pattern", modules, [])
 
 
 def is_on(config: Mapping[str, Any], key: str) -> bool:

@@ -28,7 +28,7 @@ from veneer.methods.base import Method
 from veneer.methods.init import INITS, Start, lookup
 from veneer.methods.rows import TokenRows, rows_of
 from veneer.model.leaf import Leaf
-from veneer.model.swap import base_of, check_adaptable
+from veneer.model.swap import base_at, check_adaptable
 from veneer.model.vocabulary import embedding_path, head_path, is_tied
 
 OPTION = "--trainable-token-indices"
@@ -117,7 +117,7 @@ def _tell_one_table(path: str, other: str, tied: bool) -> None:
 
 
 def _base(model: nn.Module, path: str) -> Base:
-    return base_of(model.get_submodule(path))
+    return base_at(model, path)
 
 
 def _vocabulary(model: nn.Module, path: str) -> int:

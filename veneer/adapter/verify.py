@@ -12,12 +12,15 @@ from typing import Any
 from torch import nn
 
 from veneer.adapter.card import Adapter
+from veneer.adapter.experts import numbered, parameter_of
 from veneer.adapter.faults import add_fault
 from veneer.adapter.patterns import TooCostly, named
 from veneer.adapter.tokens import unfit_vocabulary
 from veneer.bases.base import Base
 from veneer.errors import WrongBaseError, listed
+from veneer.model.experts import expert_paths
 from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
+from veneer.model.swap import base_at
 
 _MEANING = {
     "weights": "other weights: another model, revision or fine-tune",
@@ -43,10 +46,13 @@ def check_base(adapter: Adapter, model: nn.Module, fingerprint: Fingerprint) -> 
     notes = _unverified(adapter, recorded, fingerprint)
     if "template" in differences:
         notes.append("chat template: the adapter was trained with another one than this tokenizer's")
-    shapes = {path: shape for path, module in model.named_modules() if (shape := _shape_OI(module))}
-    faults += _unfit(adapter, shapes) + unfit_vocabulary(adapter, model)
+    linear = {path: shape for path, module in model.named_modules() if (shape := _shape_OI(module))}
+    experts = _expert_shapes(model)
+    faults += [*_unfit(adapter, linear | experts), *_partly(adapter, list(experts)), *unfit_vocabulary(adapter, model)]
     if recorded.architecture == UNKNOWN:  # else the fingerprint has told
-        faults += _uncovered(adapter, sorted(shapes), notes)
+        parameters = sorted({parameter_of(module) or "" for module in experts})
+        faults += _uncovered(adapter, "target_modules", sorted(linear), notes)
+        faults += _uncovered(adapter, "target_parameters", parameters, notes)
     if faults:
         name = adapter.card.base_name
         next_step = f"Load the base it was trained on{f' ({name!r})' if name else ''}, or train it for this one."
@@ -82,6 +88,26 @@ def _shape_OI(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def _expert_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(O, I) of each expert that can hold an adapter, under the names that it has in one."""
+    bases = {path: base_at(model, path) for path in expert_paths(model)}
+    counted = {path: len(base.weight) for path, base in bases.items()}
+    return {
+        module: (bases[path].out_features, bases[path].in_features)
+        for path, count in counted.items()
+        for module in numbered(path, count)
+    }
+
+
+def _partly(adapter: Adapter, experts: Sequence[str]) -> list[str]:
+    """Layers of experts of which the adapter has some: its base had fewer experts, or it is not whole."""
+    faults: list[str] = []
+    begun = {parameter_of(module) for module in adapter.card.ranks} - {None}
+    lacking = [m for m in experts if parameter_of(m) in begun and m not in adapter.card.ranks]
+    add_fault(faults, "experts that the adapter has no factors for, though it has some of their layer", lacking)
+    return faults
+
+
 def _unfit(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> list[str]:
     """Adapted layers that the model lacks, or has in another shape."""
     faults: list[str] = []
@@ -92,7 +118,8 @@ def _unfit(adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> list[str]:
         if shapes.get(module, adapter_OI) != adapter_OI:
             wrong.append(f"{module} (adapter {list(adapter_OI)}, model {list(shapes[module])})")
     lacking = [m for m in adapter.modules() if m not in shapes]
-    add_fault(faults, "linear layers that the model lacks", lacking)
+    add_fault(faults, "linear layers that the model lacks", [m for m in lacking if parameter_of(m) is None])
+    add_fault(faults, "experts that the model lacks", [m for m in lacking if parameter_of(m) is not None])
     if lacking and (alike := _alike(lacking[0], shapes)):
         faults.append(f"the model calls {lacking[0]} {alike}: an adapter of the same family saved under other names")
     add_fault(faults, "layers of another shape [out, in]", wrong)
@@ -109,18 +136,19 @@ def _bare(path: str) -> str:
     return ".".join(part for part in path.lower().split(".") if part not in ("model", "language_model", "base_model"))
 
 
-def _uncovered(adapter: Adapter, linears: Sequence[str], notes: list[str]) -> list[str]:
+def _uncovered(adapter: Adapter, option: str, layers: Sequence[str], notes: list[str]) -> list[str]:
     """Layers of the model that the recorded targets mean but the adapter lacks: the base it comes from had fewer."""
     faults: list[str] = []
     settings = adapter.card.settings
-    targets, excluded = settings.get("target_modules"), settings.get("exclude_modules")
+    targets, excluded = settings.get(option), settings.get("exclude_modules")
     if not targets or targets == "all-linear" or settings.get("layers_to_transform") is not None:
         return []
     try:
-        meant = set(named(targets, linears)) - set(named(excluded or [], linears))
+        meant = set(named(targets, layers)) - set(named(excluded or [], layers))
     except TooCostly as error:
-        notes.append(f"target_modules not compared with the model's layers: {error}")
+        notes.append(f"{option} not compared with the model's layers: {error}")
         return []
-    uncovered = [module for module in linears if module in meant and module not in adapter.card.ranks]
-    add_fault(faults, "layers that target_modules means but the adapter has no factors for", uncovered)
+    held = {parameter_of(module) or module for module in adapter.card.ranks}
+    uncovered = [layer for layer in layers if layer in meant and layer not in held]
+    add_fault(faults, f"layers that {option} means but the adapter has no factors for", uncovered)
     return faults

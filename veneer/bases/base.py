@@ -92,7 +92,7 @@ class Base(nn.Module):
             return self._norms[1]
         state = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.device)
         if self._norms is None or self._norms[0] != state:
-            self._norms = (state, torch.linalg.vector_norm(self.dense(), dim=1))
+            self._norms = (state, torch.linalg.vector_norm(self.dense(), dim=-1))
         return self._norms[1].clone()
 
     def packed(self: Self, w_OI: Tensor) -> Self:

@@ -26,6 +26,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "scale": ("lora_scale",),
     "init_lora_weights": ("init_lora", "lora_init"),
     "target_modules": ("lora_target_modules", "lora_target", "lora_targets"),
+    "target_parameters": ("lora_target_parameters",),
     "exclude_modules": ("lora_exclude_modules",),
     "dataset": ("data", "data_path", "train_file", "train_data", "train_dataset"),
     "dataset_weights": ("interleave_probs", "mixture_weights", "dataset_shares"),

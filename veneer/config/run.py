@@ -58,6 +58,9 @@ class LoraSettings(Settings):
         default="all-linear",
         description="layers to adapt, by name or end of name; embed_tokens and lm_head only where they are named",
     )
+    target_parameters: Names = Field(
+        default=[], description="experts to adapt besides, each with a rank of its own: mlp.experts.gate_up_proj"
+    )
     exclude_modules: Names = Field(default=[], description="layers to leave out of target_modules")
     rank_pattern: Ranks = Field(default={}, description="other ranks for some layers")
     alpha_pattern: Alphas = Field(default={}, description="other lora_alpha for some layers")

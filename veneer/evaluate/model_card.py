@@ -20,8 +20,9 @@ from veneer.model.source import PACKAGED
 
 MARK = "<!-- Made by veneer from the files beside it. Without this line it is yours, and is never written over. -->"
 SETTINGS = (
-    "r lora_alpha use_rslora scale target_modules exclude_modules lora_dropout max_length num_train_epochs max_steps "
-    "per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type optim weight_decay seed"
+    "r lora_alpha use_rslora scale target_modules target_parameters exclude_modules lora_dropout max_length "
+    "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type optim "
+    "weight_decay seed"
 ).split()
 """Options that a reader of the card may want to repeat; the rest is in veneer.json."""
 

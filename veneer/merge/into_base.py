@@ -19,6 +19,7 @@ from veneer.methods.base import Method
 from veneer.model.load import DTYPES, Loaded, load
 from veneer.model.packed import speaking
 from veneer.model.saving import make_dense
+from veneer.model.swap import base_at
 from veneer.model.text import text_config
 
 SLOT = "merging"
@@ -68,7 +69,7 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     attach(loaded.model, adapter, SLOT)
     wanted = _logits(loaded.model, SLOT)
     rounding = {
-        path: _rounding(method, loaded.model.get_submodule(path).base, chosen)
+        path: _rounding(method, base_at(loaded.model, path), chosen)
         for path, method in methods_of(loaded.model, SLOT).items()
     }
     merge_into(loaded.model, SLOT)

@@ -25,7 +25,30 @@ from veneer.model.stream import Span
 from veneer.model.traced import numbered, traced
 
 
-class Leaf(nn.Module):
+class Slotted(nn.Module):
+    """A place for adapters in a model: `slots`, name -> method, all at the same frozen weight."""
+
+    slots: nn.ModuleDict
+
+    wiring: Wiring
+    path: str
+
+    def put(self, weight: Tensor) -> None:
+        """From now this is the base's weight, in the base's own storage and dtype."""
+        raise NotImplementedError
+
+    def spans(self, tokens: int) -> Sequence[Span]:
+        """Who speaks here over the rows that come in now, so many."""
+        stream, voice = self.wiring.stream, self.wiring.voice
+        if stream is None:
+            return [Span(0, tokens, voice)] if voice is not None and voice in self.slots else ()
+        try:
+            return [span for span in self.wiring.spans(tokens) if span.slot in self.slots]
+        except ValueError as error:
+            raise RuntimeError(f"{self.path}: {error}") from error
+
+
+class Leaf(Slotted):
     """A frozen linear layer with slots."""
 
     def __init__(self, base: Base, wiring: Wiring, path: str) -> None:
@@ -57,6 +80,9 @@ class Leaf(nn.Module):
     def out_features(self) -> int:
         return self.base.out_features
 
+    def put(self, weight: Tensor) -> None:
+        self.base = self.base.packed(weight)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, slots={list(self.slots)}"
 
@@ -64,7 +90,7 @@ class Leaf(nn.Module):
         if torch.compiler.is_compiling() and self.wiring.whole is not None:
             return traced(self, x)
         tokens = x.numel() // self.in_features
-        spans = self._spans(tokens)
+        spans = self.spans(tokens)
         if not spans:
             return self.base.linear(x)
         if not self.pieces(tokens):
@@ -78,21 +104,12 @@ class Leaf(nn.Module):
     def pieces(self, tokens: int) -> list[tuple[Span, LoRA]]:
         """What the fused operation computes here beside the base; empty where it does not apply."""
         pieces = []
-        for span in self._spans(tokens):
+        for span in self.spans(tokens):
             method = self.slots[span.slot]
             if not isinstance(method, LoRA) or self._drops(span, method):
                 return []
             pieces.append((span, method))
         return pieces
-
-    def _spans(self, tokens: int) -> Sequence[Span]:
-        stream, voice = self.wiring.stream, self.wiring.voice
-        if stream is None:
-            return [Span(0, tokens, voice)] if voice is not None and voice in self.slots else ()
-        try:
-            return [span for span in self.wiring.spans(tokens) if span.slot in self.slots]
-        except ValueError as error:
-            raise RuntimeError(f"{self.path}: {error}") from error
 
     def _by_delta(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
         """The general way, for any method and for dropout: one delta a span."""

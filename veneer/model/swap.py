@@ -9,11 +9,14 @@ from transformers.pytorch_utils import Conv1D
 from veneer.bases.base import Base, frozen
 from veneer.bases.dense import Dense
 from veneer.bases.lookup import Lookup
+from veneer.bases.stacked import Stacked
 from veneer.bases.transposed import Transposed
 from veneer.errors import ModelError
-from veneer.model.leaf import Leaf
+from veneer.model.experts import is_experts, why_not
+from veneer.model.leaf import Leaf, Slotted
 from veneer.model.norm import FrozenRMSNorm
 from veneer.model.packed import wiring_of
+from veneer.model.routed import expert_leaf_at, release
 from veneer.model.siblings import family
 from veneer.model.text import text_modules
 from veneer.model.vocabulary import EmbeddingLeaf, HeadLeaf, embedding_path, head_path, is_tied, multiplier_of
@@ -43,7 +46,12 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 
 def check_adaptable(model: nn.Module, path: str) -> None:
-    """Raises ModelError when what stands at `path` is no plain linear layer, no token embedding and no leaf."""
+    """Raises ModelError when what stands at `path` is no plain linear layer, no token embedding, no leaf, and no
+    experts to adapt."""
+    if is_experts(model, path):
+        if reason := why_not(model, path):
+            raise ModelError(f"{path} is {reason}")
+        return
     module = model.get_submodule(path)
     if path == embedding_path(model) and not isinstance(module, Leaf):
         multiplier_of(module)
@@ -52,8 +60,11 @@ def check_adaptable(model: nn.Module, path: str) -> None:
         raise ModelError(f"{path} is a {type(module).__name__}; an adapter goes on a plain linear layer")
 
 
-def leaf_at(model: nn.Module, path: str) -> Leaf:
-    """The leaf at `path`, swapped in now if a plain linear layer or the token embedding stands there."""
+def leaf_at(model: nn.Module, path: str) -> Slotted:
+    """The leaf at `path`, swapped in now if a plain linear layer or the token embedding stands there, or put beside
+    experts."""
+    if is_experts(model, path):
+        return expert_leaf_at(model, path, wiring_of(model))
     module = model.get_submodule(path)
     if isinstance(module, Leaf):
         return module
@@ -75,8 +86,13 @@ def tie_rows(model: nn.Module) -> None:
         head.tie(embedding)
 
 
-def base_of(layer: nn.Module) -> Base:
+def base_at(model: nn.Module, path: str) -> Base:
     """The base of a leaf; of another layer one over its weight, to ask: the layer itself is not frozen by it."""
+    parent, _, name = path.rpartition(".")
+    if is_experts(model, path):
+        experts = model.get_submodule(parent)
+        return Stacked(getattr(experts, name), experts.is_transposed)
+    layer = model.get_submodule(path)
     if isinstance(layer, Leaf):
         return layer.base
     weight = layer.weight.detach()
@@ -109,9 +125,9 @@ def place(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def unswap(model: nn.Module) -> int:
-    """Puts plain linear layers back where dense leaves stand, the same weights; returns how many.
+    """Puts plain linear layers back where dense leaves stand, the same weights, and leaves experts to themselves.
 
-    A leaf of a quantised storage stays: no plain linear layer holds its weight.
+    Returns how many linear layers. A leaf of a quantised storage stays: no plain linear layer holds its weight.
     """
     leaves = [
         (path, module)
@@ -121,6 +137,7 @@ def unswap(model: nn.Module) -> int:
     for path, leaf in leaves:
         leaf.siblings.remove(leaf)
         place(model, path, _layer(leaf).train(leaf.training))
+    release(model)
     return len(leaves)
 
 

@@ -46,7 +46,7 @@ class EmbeddingLeaf(Leaf):
         ids_T = ids.reshape(-1)
         y_TD = F.embedding(ids_T, self.base.weight)
         parts = []
-        for span in self._spans(len(ids_T)):
+        for span in self.spans(len(ids_T)):
             here = slice(span.start, span.stop)
             delta = _embedded(self.slots[span.slot], ids_T[here], y_TD[here]) * span.weight
             parts.append(F.pad(delta, (0, 0, span.start, len(ids_T) - span.stop)))

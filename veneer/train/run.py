@@ -17,6 +17,7 @@ from veneer.config import RunConfig, write_yaml
 from veneer.errors import ConfigError
 from veneer.model.layers import as_they_were
 from veneer.model.load import Loaded
+from veneer.model.swap import base_at
 from veneer.train import checkpoint
 from veneer.train.fit import fit
 from veneer.train.job import Job
@@ -181,7 +182,7 @@ def update_norms(model: nn.Module, slot: str = SLOT) -> dict[str, float]:
     norms = {}
     for path, method in methods_of(model, slot).items():
         with gathered(model, path):
-            base = model.get_submodule(path).base
+            base = base_at(model, path)
             norms[path] = float(f"{method.update_norm(base) / torch.linalg.vector_norm(base.row_norms()).item():.4g}")
     return norms
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from veneer.errors import ConfigError, ModelError
 from veneer.model.layers import decoder_layers
-from veneer.model.leaf import Leaf
+from veneer.model.leaf import Slotted
 from veneer.train.ranks import Ranks
 
 
@@ -52,15 +52,15 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _adapters(model: nn.Module) -> set[nn.Parameter]:
-    leaves = [module for module in model.modules() if isinstance(module, Leaf)]
+    leaves = [module for module in model.modules() if isinstance(module, Slotted)]
     return {parameter for leaf in leaves for parameter in leaf.slots.parameters()}
 
 
 @contextmanager
 def gathered(model: nn.Module, path: str) -> Iterator[None]:
-    """While inside, the weights of the module at `path` are whole. All processes must come here together."""
+    """While inside, the weights of the leaf at `path` are whole. All processes must come here together."""
     names = path.split(".")
-    above = [model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1)]
+    above = [model.get_submodule(".".join(names[:end])) for end in range(len(names) - 1, -1, -1)]
     holder = next((module for module in above if isinstance(module, FSDPModule)), None)
     if holder is None:
         yield
