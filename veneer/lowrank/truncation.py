@@ -5,6 +5,7 @@ Shapes: a_RI, b_OR with I inputs, O outputs, R rank; K = min(O, I, R), the most 
 
 from __future__ import annotations
 
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
