@@ -48,6 +48,13 @@ def scale(a_RI: Tensor, b_OR: Tensor, factor: float) -> Factors:
 
 
 def without_zeros(a_RI: Tensor, b_OR: Tensor) -> Factors:
-    """Without the products b_r a_r that are zero; rank 0 where all are. The same ΔW, to the bit."""
-    kept_R = a_RI.any(dim=1) & b_OR.any(dim=0)
+    """Without the products b_r a_r that are zero; rank 0 where all are. The same ΔW, to the bit.
+
+    Raises ValueError where a factor is not finite.
+    """
+    # Sums of sizes, which neither vanish for small values nor take the time of `any`.
+    a_R, b_R = torch.linalg.vector_norm(a_RI, 1, dim=1), torch.linalg.vector_norm(b_OR, 1, dim=0)
+    if not (a_R.isfinite().all() and b_R.isfinite().all()) and not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+        raise ValueError("the factors hold NaN or infinite values")
+    kept_R = (a_R != 0) & (b_R != 0)
     return Factors(a_RI, b_OR) if kept_R.all() else Factors(a_RI[kept_R], b_OR[:, kept_R])

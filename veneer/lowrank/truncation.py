@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.lowrank.frame import Frame
 from veneer.lowrank.spectrum import column_signs, frames
 
-# Directions weaker than this part of the strongest one are rounding of float32 factors, not something learned.
+# Directions weaker than this part of the strongest one are rounding of float32 factors, not something learned. A tenth
+# of it is what float32 itself resolves.
 NEGLIGIBLE = 1e-6
 
 
@@ -46,12 +48,16 @@ def truncate(
 
     AAᵀ = BᵀB = diag(s), and the entry of largest size in each column of B is positive: unique up to rounding where the
     singular values are separated, so that whatever is computed from these factors does not depend on those given.
+    Raises ValueError where a factor is not finite.
     """
     assert rank is None or rank >= 0, f"rank must not be negative, got {rank}"
     assert energy is None or 0 < energy <= 1, f"energy must be in (0, 1], got {energy}"
     left, right = frames(a_RI, b_OR, exact)
-    u_KK, s_K, vt_KK = torch.linalg.svd(left.coords_KR @ right.coords_KR.mT, full_matrices=False)
-    kept = _directions(s_K, rank, energy, 1e-15 * max(a_RI.shape[1], len(b_OR)) if exact else NEGLIGIBLE / 10)
+    core_KK = left.coords_KR @ right.coords_KR.mT
+    if not core_KK.isfinite().all():
+        raise ValueError("the factors hold NaN or infinite values, or their product overflows")
+    u_KK, s_K, vt_KK = torch.linalg.svd(core_KK, full_matrices=False)
+    kept = _directions(s_K, rank, energy, _rounding(left, right, exact))
     root_r = s_K[:kept].sqrt()
     b_Or, a_rI = left.lift(u_KK[:, :kept] * root_r), right.lift(vt_KK[:kept].mT * root_r).mT
     sign_r = column_signs(b_Or) if kept else root_r
@@ -63,12 +69,17 @@ def balanced(a_RI: Tensor, b_OR: Tensor, exact: bool = False) -> Truncated:
     return truncate(a_RI, b_OR, exact=exact)
 
 
+def _rounding(left: Frame, right: Frame, exact: bool) -> float:
+    """What a singular value must exceed: the rounding of the largest product b_r a_r, which others may have cancelled."""
+    sizes_R = left.coords_KR.norm(dim=0) * right.coords_KR.norm(dim=0)
+    part = 1e-15 * max(len(left.x_NR), len(right.x_NR)) if exact else NEGLIGIBLE / 10
+    return part * float(sizes_R.max()) if len(sizes_R) else 0.0
+
+
 def _directions(s_K: Tensor, rank: int | None, energy: float | None, rounding: float) -> int:
     """How many of the singular values stay."""
-    size = s_K.square().cumsum(0)
-    if not len(s_K) or not size[-1]:
-        return 0
-    count = int((s_K > rounding * s_K[0]).sum())
-    if energy is not None and energy < 1:
+    count = int((s_K > rounding).sum())
+    if energy is not None and energy < 1 and count:
+        size = s_K.square().cumsum(0)
         count = min(count, 1 + int((size < energy * size[-1]).sum()))
     return count if rank is None else min(count, rank)

@@ -1,0 +1,73 @@
+"""Merging entry by entry: what the papers define on dense updates, on updates in any common basis.
+
+Shapes: stack_kND, k parents' weighted updates w ΔW in coordinates (N, D) that all of them share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.config.merging import DareSettings, Elementwise, MagnitudeSettings
+from veneer.merge.method import Parent
+
+
+def merge_entries(stack_kND: Tensor, parents: Sequence[Parent], options: MagnitudeSettings, how: Elementwise) -> Tensor:
+    """One update (N, D) by the element-wise method of that name."""
+    if how in ("magnitude", "ties"):
+        stack_kND = trimmed(stack_kND, options.density)
+    elif how in ("dare_linear", "dare_ties"):
+        assert isinstance(options, DareSettings)
+        stack_kND = dropped(stack_kND, [parent.key for parent in parents], options.density, options.seed)
+    if how in ("ties", "dare_ties"):
+        return agreed(stack_kND, [parent.weight for parent in parents])
+    return stack_kND.sum(0)
+
+
+def trimmed(stack_kND: Tensor, density: float) -> Tensor:
+    """Of each parent the share `density` of entries that are largest, the others zero; of equal entries all or none."""
+    count = stack_kND[0].numel()
+    cut = count - max(1, round(density * count))  # entries to go
+    if cut <= 0:
+        return stack_kND
+    sizes_kND = stack_kND.abs()
+    # numpy's selection takes a twentieth of the time of torch's.
+    sorted_kn = np.partition(sizes_kND.flatten(1).cpu().numpy(), cut - 1, axis=1)
+    limit_k = torch.from_numpy(sorted_kn[:, cut - 1].copy()).to(sizes_kND.device)
+    # More than the largest to go, not at least the smallest to stay: entries that are zero anyway tie there.
+    kept_kND = sizes_kND > limit_k[:, None, None]
+    return torch.where(kept_kND, stack_kND, 0.0)
+
+
+def dropped(stack_kND: Tensor, keys: Sequence[str], density: float, seed: int) -> Tensor:
+    """Of each parent a random share `density` of entries, divided by it, so that the expectation stays (DARE).
+
+    Which ones depends on the seed and the parent's key alone.
+    """
+    if density == 1:
+        return stack_kND
+    masks = [_mask(stack_kND.shape[1:], key, density, seed) for key in keys]
+    return stack_kND * torch.stack(masks).to(stack_kND.device) / density
+
+
+def _mask(shape: torch.Size, key: str, density: float, seed: int) -> Tensor:
+    digest = hashlib.sha256(json.dumps([key, seed]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.rand(shape, generator=generator) < density
+
+
+def agreed(stack_kND: Tensor, weights: Sequence[float]) -> Tensor:
+    """Elects the sign of each entry's sum, and takes the weighted mean of the entries that have it (TIES).
+
+    Weights are relative therefore: a parent that nobody contradicts comes back as it is.
+    """
+    size_k = torch.tensor([abs(weight) for weight in weights], dtype=stack_kND.dtype, device=stack_kND.device)
+    agrees_kND = stack_kND * stack_kND.sum(0).sign() > 0
+    total_ND = torch.where(agrees_kND, stack_kND, 0.0).sum(0)
+    voters_ND = torch.einsum("knd,k->nd", agrees_kND.to(stack_kND.dtype), size_k)
+    return total_ND / torch.where(voters_ND > 0, voters_ND, 1.0)
