@@ -70,7 +70,7 @@ def balanced(a_RI: Tensor, b_OR: Tensor, exact: bool = False) -> Truncated:
 
 
 def _rounding(left: Frame, right: Frame, exact: bool) -> float:
-    """What a singular value must exceed: the rounding of the largest product b_r a_r, which others may have cancelled."""
+    """What a singular value must exceed: rounding of the largest product b_r a_r, which others may have cancelled."""
     sizes_R = left.coords_KR.norm(dim=0) * right.coords_KR.norm(dim=0)
     part = 1e-15 * max(len(left.x_NR), len(right.x_NR)) if exact else NEGLIGIBLE / 10
     return part * float(sizes_R.max()) if len(sizes_R) else 0.0

@@ -7,7 +7,6 @@ after the merge, which would undo what was merged. The abstract gives the idea; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from veneer.config.merging import CompressSettings
 from veneer.merge.elementwise import merge_entries
 from veneer.merge.method import Merge, Merged, Parent
-from veneer.merge.spaces import SEPARATED, core_of
+from veneer.merge.spaces import SEPARATED, core_of, small_svd
 
 ROUNDS = 50
 SETTLED = 1e-12  # relative gain in a round below which it ends
@@ -30,8 +29,10 @@ def compress(parents: Sequence[Parent], options: CompressSettings) -> Merged:
     u_Kr, v_Kr, degenerate = shared_spaces(stack_kKK, rank)
     inside_krr = u_Kr.mT @ stack_kKK @ v_Kr
     merged_rr = merge_entries(inside_krr, parents, options, options.inner)
-    lost = float(stack_kKK.sum(0).square().sum() - inside_krr.sum(0).square().sum())
-    return core.merged(u_Kr @ merged_rr, v_Kr, left_out=math.sqrt(max(0.0, lost)), degenerate=degenerate)
+    total_KK = stack_kKK.sum(0)
+    left_out = float(torch.linalg.matrix_norm(total_KK - u_Kr @ (u_Kr.mT @ total_KK @ v_Kr) @ v_Kr.mT))
+    found = small_svd(merged_rr, size=core.size)
+    return core.merged(u_Kr @ (found.u * found.s), v_Kr @ found.v, left_out=left_out, degenerate=degenerate)
 
 
 def shared_spaces(stack_kKK: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
@@ -39,7 +40,7 @@ def shared_spaces(stack_kKK: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
     v_Kr, kept, degenerate = _strongest(stack_kKK.mT, rank)
     for _ in range(ROUNDS):
         u_Kr, _, _ = _strongest(stack_kKK @ v_Kr, rank)
-        v_Kr, now, degenerate = _strongest(stack_kKK.mT @ u_Kr, rank)
+        v_Kr, now, _ = _strongest(stack_kKK.mT @ u_Kr, rank)
         if now - kept <= SETTLED * now:
             break
         kept = now

@@ -20,11 +20,12 @@ from veneer.merge.spaces import core_of, small_svd
 def core_space(parents: Sequence[Parent], options: CoreSettings) -> Merged:
     """U · merged (UᵀΔW V) · Vᵀ, with the element-wise method `inner`."""
     core = core_of(parents, options.exact)
-    left = small_svd(torch.cat([task.u * task.s.sqrt() for task in core.svds], dim=1))
-    right = small_svd(torch.cat([task.v * task.s.sqrt() for task in core.svds], dim=1))
+    left = small_svd(torch.cat([task.u * task.s.sqrt() for task in core.tasks], dim=1))
+    right = small_svd(torch.cat([task.v * task.s.sqrt() for task in core.tasks], dim=1))
     stack_kDD = torch.stack([left.u.mT @ matrix_KK @ right.u for matrix_KK in core.matrices])
     merged_DD = merge_entries(stack_kDD, parents, options, options.inner)
-    return core.merged(left.u @ merged_DD, right.u, degenerate=left.degenerate or right.degenerate)
+    found = small_svd(merged_DD, size=core.size)
+    return core.merged(left.u @ (found.u * found.s), right.u @ found.v, degenerate=left.degenerate or right.degenerate)
 
 
 CORE = Merge(core_space, CoreSettings, neutral={"density": 1.0})

@@ -16,9 +16,13 @@ from torch import Tensor
 from veneer.config.merging import DareSettings, Elementwise, MagnitudeSettings
 from veneer.merge.method import Parent
 
+TIED = 1e-6  # of the entries' sizes
+
 
 def merge_entries(stack_kND: Tensor, parents: Sequence[Parent], options: MagnitudeSettings, how: Elementwise) -> Tensor:
     """One update (N, D) by the element-wise method of that name."""
+    if not stack_kND[0].numel():  # the parents hold nothing but rounding
+        return stack_kND.sum(0)
     if how in ("magnitude", "ties"):
         stack_kND = trimmed(stack_kND, options.density)
     elif how in ("dare_linear", "dare_ties"):
@@ -67,7 +71,10 @@ def agreed(stack_kND: Tensor, weights: Sequence[float]) -> Tensor:
     Weights are relative therefore: a parent that nobody contradicts comes back as it is.
     """
     size_k = torch.tensor([abs(weight) for weight in weights], dtype=stack_kND.dtype, device=stack_kND.device)
-    agrees_kND = stack_kND * stack_kND.sum(0).sign() > 0
+    sum_ND = stack_kND.sum(0)
+    # Opposite entries of equal size elect nobody, whatever rounding has left of their sum.
+    elected_ND = sum_ND.sign() * (sum_ND.abs() > TIED * stack_kND.abs().sum(0))
+    agrees_kND = stack_kND * elected_ND > 0
     total_ND = torch.where(agrees_kND, stack_kND, 0.0).sum(0)
     voters_ND = torch.einsum("knd,k->nd", agrees_kND.to(stack_kND.dtype), size_k)
     return total_ND / torch.where(voters_ND > 0, voters_ND, 1.0)

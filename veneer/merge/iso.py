@@ -2,7 +2,8 @@
 
 In the small coordinates, over the directions that the sum has. On dense updates the mean would run over min(O, I)
 values, most of them zero, and arbitrary directions that no adapter uses would receive it: with ranks of 24 in 128
-dimensions, 81 % of the result lay outside of what the adapters span.
+dimensions, 81 % of the result lay outside of what the adapters span. A `rank` limits the directions before their
+values become equal, when it is still clear which are the strongest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from veneer.merge.spaces import core_of, orthogonal, small_svd
 def iso_c(parents: Sequence[Parent], options: IsoSettings) -> Merged:
     """U · mean(s) · Vᵀ of Σ w ΔW = U s Vᵀ."""
     core = core_of(parents, options.exact)
-    total = small_svd(_sum(core.matrices), size=core.size)
+    total = small_svd(_sum(core.matrices), options.rank, core.size)
     return core.merged(total.u * _mean(total.s), total.v)
 
 
@@ -31,7 +32,7 @@ def iso_cts(parents: Sequence[Parent], options: IsoCtsSettings) -> Merged:
     orthogonal, and all singular values become their mean.
     """
     core = core_of(parents, options.exact)
-    total = small_svd(_sum(core.matrices), size=core.size)
+    total = small_svd(_sum(core.matrices), options.rank, core.size)
     each = int(len(total.s) * (1 - options.common) / len(parents))
     count = len(total.s) - each * len(parents)
     u, s, v = [total.u[:, :count]], [total.s[:count]], [total.v[:, :count]]

@@ -14,17 +14,20 @@ import torch
 from veneer.config.merging import KnotsSettings
 from veneer.merge.elementwise import merge_entries
 from veneer.merge.method import Merge, Merged, Parent
-from veneer.merge.spaces import core_of
+from veneer.merge.spaces import core_of, small_svd
 
 
 def knots(parents: Sequence[Parent], options: KnotsSettings) -> Merged:
     """U S · merged Vᵀ, with the element-wise method `inner`."""
     core = core_of(parents, options.exact)
-    basis = core.outputs()
+    basis = small_svd(torch.cat([task.u * task.s for task in core.tasks], dim=1))
     dtype = torch.float64 if options.exact else torch.float32
-    shared_KD = basis.u / basis.s
-    thin = [(shared_KD.mT @ p_KR * p.weight).to(dtype) for (p_KR, _), p in zip(core.parts, parents, strict=True)]
-    stack_kDI = torch.stack([thin_DR @ p.a.to(dtype) for p, thin_DR in zip(parents, thin, strict=True)])
+    stack_kDI = torch.stack(
+        [
+            ((basis.u / basis.s).mT @ (task.u * task.s * weight)).to(dtype) @ core.right.lift(task.v).to(dtype).mT
+            for task, weight in zip(core.tasks, core.weights, strict=True)
+        ]
+    )
     merged_DI = merge_entries(stack_kDI, parents, options, options.inner)
     return Merged(merged_DI, core.left.lift(basis.u * basis.s), degenerate=basis.degenerate)
 

@@ -63,16 +63,16 @@ def _cut(merged: Merged, options: LinearSettings) -> Layer:
     rank = merged.rank if options.rank is None and options.energy is None else options.rank
     cut = truncate(merged.a, merged.b, rank, options.energy, options.exact)
     count = len(cut.a)
-    error = math.hypot(cut.error, merged.left_out) * abs(options.scale)
-    norm = float(torch.linalg.vector_norm(cut.s[:count])) * abs(options.scale)
-    whole = math.hypot(norm, error)
-    tied = 0 < count < len(cut.s) and bool(cut.s[count - 1] - cut.s[count] < SEPARATED * cut.s[count - 1])
-    a_RI, b_OR = (cut.a, cut.b * options.scale) if count else _nothing(Parent(merged.a, merged.b))[:2]
+    if not count:  # what was to be summed has cancelled
+        return Layer(*_nothing(Parent(merged.a, merged.b))[:2], norm=0.0, kept=1.0, error=0.0, degenerate=False)
+    norm = float(torch.linalg.vector_norm(cut.s[:count]))
+    error = math.hypot(cut.error, merged.left_out)
+    tied = count < len(cut.s) and bool(cut.s[count - 1] - cut.s[count] < SEPARATED * cut.s[count - 1])
     return Layer(
-        a_RI.float(),
-        b_OR.float(),
-        norm=norm,
-        kept=(norm / whole) ** 2 if whole else 1.0,
-        error=error,
+        cut.a.float(),
+        (cut.b * options.scale).float(),
+        norm=norm * abs(options.scale),
+        kept=norm**2 / (norm**2 + error**2),
+        error=error * abs(options.scale),
         degenerate=merged.degenerate or tied,
     )

@@ -17,15 +17,19 @@ import torch
 from veneer.config.merging import Elementwise, MagnitudeSettings
 from veneer.merge.elementwise import merge_entries
 from veneer.merge.method import Merged, Parent
-from veneer.merge.spaces import core_of
+from veneer.merge.spaces import core_of, small_svd
 
 
 def merge_rows(parents: Sequence[Parent], options: MagnitudeSettings, how: Elementwise) -> Merged:
     """The element-wise method on C; rank D, the number of directions that the parents read."""
     core = core_of(parents, options.exact)
-    basis = core.inputs()
+    basis = small_svd(torch.cat([task.v * task.s for task in core.tasks], dim=1))  # of all ΔW, one below the other
     dtype = torch.float64 if options.exact else torch.float32
-    thin = [(q_KR.mT @ basis.u * p.weight).to(dtype) for (_, q_KR), p in zip(core.parts, parents, strict=True)]
-    stack_kOD = torch.stack([p.b.to(dtype) @ thin_RD for p, thin_RD in zip(parents, thin, strict=True)])
+    stack_kOD = torch.stack(
+        [
+            core.left.lift(task.u * task.s).to(dtype) @ (task.v.mT @ basis.u * weight).to(dtype)
+            for task, weight in zip(core.tasks, core.weights, strict=True)
+        ]
+    )
     merged_OD = merge_entries(stack_kOD, parents, options, how)
     return Merged(core.right.lift(basis.u).mT, merged_OD, degenerate=basis.degenerate)

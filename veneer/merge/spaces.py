@@ -1,4 +1,4 @@
-"""The updates of one layer in small common coordinates: ΔW = Q_b P Qᵀ Q_aᵀ for every parent, with shared Q_b and Q_a.
+"""The updates of one layer in small common coordinates: ΔW = Q_b M Q_aᵀ for every parent, with shared Q_b and Q_a.
 
 Legend: O out, I in, R rank of a parent, K directions of all parents together, D directions of a basis.
 
@@ -46,44 +46,26 @@ def small_svd(matrix: Tensor, most: int | None = None, size: float = 0.0) -> Sma
 
 @dataclass(frozen=True)
 class Core:
-    """All parents in the frames of what they write (left) and read (right): ΔW = left · p_KR q_KRᵀ · rightᵀ, float64.
+    """All parents in the frames of what they write (left) and read (right): ΔW = left · u diag(s) vᵀ · rightᵀ, float64.
 
-    Weights are not in the parts.
+    Weights are not in `tasks`. A parent whose products cancel to rounding has no directions there.
     """
 
     left: Frame
     right: Frame
-    parts: list[tuple[Tensor, Tensor]]
+    tasks: list[Small]
     weights: list[float]
-
-    @cached_property
-    def svds(self) -> list[Small]:
-        """Of every parent, at the cost of its own rank."""
-        found = []
-        for p_KR, q_KR in self.parts:
-            (q_b, r_b), (q_a, r_a) = torch.linalg.qr(p_KR), torch.linalg.qr(q_KR)
-            core = small_svd(r_b @ r_a.mT)
-            found.append(Small(q_b @ core.u, core.s, q_a @ core.v))
-        return found
 
     @cached_property
     def matrices(self) -> list[Tensor]:
         """w ΔW of every parent, (K, K)."""
-        return [(p_KR * w) @ q_KR.mT for (p_KR, q_KR), w in zip(self.parts, self.weights, strict=True)]
+        return [(task.u * task.s * w) @ task.v.mT for task, w in zip(self.tasks, self.weights, strict=True)]
 
     @property
     def size(self) -> float:
         """The largest singular value of any w ΔW."""
-        found = [abs(w) * float(task.s[0]) for task, w in zip(self.svds, self.weights, strict=True) if len(task.s)]
+        found = [abs(w) * float(task.s[0]) for task, w in zip(self.tasks, self.weights, strict=True) if len(task.s)]
         return max(found, default=0.0)
-
-    def outputs(self) -> Small:
-        """U and s of [ΔW ... ΔW], side by side: the directions that the parents write."""
-        return small_svd(torch.cat([task.u * task.s for task in self.svds], dim=1))
-
-    def inputs(self) -> Small:
-        """V (as u) and s of the ΔW one below the other: the directions that the parents read."""
-        return small_svd(torch.cat([task.v * task.s for task in self.svds], dim=1))
 
     def merged(self, left_KD: Tensor, right_KD: Tensor, **more: float) -> Merged:
         """The result left · rightᵀ, out of the small coordinates."""
@@ -91,11 +73,17 @@ class Core:
 
 
 def core_of(parents: Sequence[Parent], exact: bool) -> Core:
-    """The frames of the stacked factors, and every parent's columns in them."""
+    """The frames of the stacked factors, and every parent in them, at the cost of its own rank."""
     left, right = frame(torch.cat([p.b for p in parents], 1), exact), frame(torch.cat([p.a for p in parents]).mT, exact)
     ranks = [len(p.a) for p in parents]
     parts = zip(left.coords_KR.split(ranks, 1), right.coords_KR.split(ranks, 1), strict=True)
-    return Core(left, right, list(parts), [p.weight for p in parents])
+    return Core(left, right, [_task(p_KR, q_KR) for p_KR, q_KR in parts], [p.weight for p in parents])
+
+
+def _task(p_KR: Tensor, q_KR: Tensor) -> Small:
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(p_KR), torch.linalg.qr(q_KR)
+    found = small_svd(r_b @ r_a.mT, size=float((p_KR.norm(dim=0) * q_KR.norm(dim=0)).max()))
+    return Small(q_b @ found.u, found.s, q_a @ found.v)
 
 
 def orthogonal(x_KD: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from veneer.merge.spaces import core_of, orthogonal
 def tsv_m(parents: Sequence[Parent], options: TsvSettings) -> Merged:
     """U' diag(w s) V'ᵀ with U', V' nearest to the tasks' vectors side by side."""
     core = core_of(parents, options.exact)
-    u_KD = torch.cat([task.u for task in core.svds], dim=1)
-    v_KD = torch.cat([task.v for task in core.svds], dim=1)
-    s_D = torch.cat([task.s * weight for task, weight in zip(core.svds, core.weights, strict=True)])
+    u_KD = torch.cat([task.u for task in core.tasks], dim=1)
+    v_KD = torch.cat([task.v for task in core.tasks], dim=1)
+    s_D = torch.cat([task.s * weight for task, weight in zip(core.tasks, core.weights, strict=True)])
     return core.merged(orthogonal(u_KD) * s_D, orthogonal(v_KD))
 
 
