@@ -145,7 +145,7 @@ def test_iso_cts(parents):
 def test_orthogonal_projection(parents):
     wanted = torch.zeros(OUTPUTS, INPUTS, dtype=torch.float64)
     for delta in weighted(parents):
-        u, s, v = svd(wanted, int(torch.linalg.matrix_rank(wanted)))
+        u, _, v = svd(wanted, int(torch.linalg.matrix_rank(wanted)))
         new = delta - u @ u.mT @ delta
         wanted = wanted + new - new @ v @ v.mT
         assert float((wanted * delta).sum()) > 0
@@ -178,10 +178,10 @@ def test_compress_tells_what_it_leaves_out(parents):
 def test_dare_has_the_noise_of_dense_entries_and_the_right_mean(parents):
     """√((1 - p) / p) of ‖ΔW‖, each seed another; the mean over many comes back."""
     delta, one = dense(parents[0]), [parents[0]]
-    drawn = torch.stack([merged("dare_linear", one, density=0.25, seed=seed) for seed in range(300)])
+    drawn = torch.stack([merged("dare_linear", one, density=0.25, seed=seed) for seed in range(100)])
     noise = (drawn - delta).flatten(1).norm(dim=1) / delta.norm()
-    assert float(noise.square().mean().sqrt()) == pytest.approx(3**0.5, rel=0.05)
-    assert float((drawn.mean(0) - delta).norm() / delta.norm()) < 1.5 * (3 / 300) ** 0.5
+    assert float(noise.square().mean().sqrt()) == pytest.approx(3**0.5, rel=0.1)
+    assert float((drawn.mean(0) - delta).norm() / delta.norm()) < 1.5 * (3 / 100) ** 0.5
 
 
 def test_dare_masks_belong_to_the_parent(parents):
