@@ -164,6 +164,9 @@ def test_compress_finds_better_spaces_than_the_first_guess(parents):
     u0, _, _ = svd(torch.cat(list(stack), 1), RANK)
     v0 = svd(torch.cat(list(stack)).mT, RANK)[0]
     assert held > float((u0.mT @ stack @ v0).square().sum()) * (1 + 1e-4)
+    u2 = svd(torch.cat(list(stack @ v), 1), RANK)[0]  # one more turn gains nothing
+    v2 = svd(torch.cat(list(stack.mT @ u2), 1), RANK)[0]
+    assert float((u2.mT @ stack @ v2).square().sum()) < held * (1 + 2e-9)
     for vectors in (u, v):
         close(vectors.mT @ vectors, torch.eye(RANK, dtype=torch.float64))
     close(merged("compress", parents), u @ (u.mT @ stack @ v).sum(0) @ v.mT)

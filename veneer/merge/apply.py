@@ -7,7 +7,7 @@ and cost tens of times the work where another process holds a core. So the bytes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,26 +89,20 @@ def _parents(module: str, given: Sequence[tuple[str, float, Adapter]]) -> list[P
 
 def _merge_all(merge: Merge, stacks: Mapping[str, list[Parent]], recipe: Recipe, progress: bool) -> dict[str, Layer]:
     settings, threads = recipe.settings, torch.get_num_threads()
-    faults: list[str] = []
-
-    def one(module: str) -> Layer | None:
-        try:
-            return merge_layer(merge, stacks[module], settings)
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            faults.append(f"{module}: {error}")
-            return None
-
-    def results() -> Iterator[tuple[str, Layer]]:
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
-            running = [pool.submit(one, module) for module in stacks]
-            for module, task in shown(list(zip(stacks, running, strict=True)), "merging", progress):
-                if (layer := task.result()) is not None:
-                    yield module, layer
-
-    merged = dict(results())
-    torch.set_num_threads(threads)  # what one thread sets, MKL takes for all
+    pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
+    tasks = {module: pool.submit(merge_layer, merge, parents, settings) for module, parents in stacks.items()}
+    merged, faults = {}, []
+    try:
+        for module in shown(list(tasks), "merging", progress):
+            try:
+                merged[module] = tasks[module].result()
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                faults.append(f"{module}: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what one thread sets, MKL takes for all
     if faults:
-        raise AdapterError(listed("These layers cannot be merged:", sorted(faults), "Nothing was made."))
+        raise AdapterError(listed("These layers cannot be merged:", faults, "Nothing was made."))
     return merged
 
 

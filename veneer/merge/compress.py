@@ -18,7 +18,7 @@ from veneer.merge.method import Merge, Merged, Parent
 from veneer.merge.spaces import SEPARATED, core_of, small_svd
 
 ROUNDS = 50
-SETTLED = 1e-12  # relative gain in a round below which it ends
+SETTLED = 1e-9  # relative gain in a round below which it ends
 
 
 def compress(parents: Sequence[Parent], options: CompressSettings) -> Merged:
@@ -37,7 +37,8 @@ def compress(parents: Sequence[Parent], options: CompressSettings) -> Merged:
 
 def shared_spaces(stack_kKK: Tensor, rank: int) -> tuple[Tensor, Tensor, bool]:
     """U (K, r), V (K, r), and whether the choice of the last direction was one of rounding."""
-    v_Kr, kept, degenerate = _strongest(stack_kKK.mT, rank)
+    v_Kr, _, degenerate = _strongest(stack_kKK.mT, rank)
+    kept = 0.0  # not what V alone holds, which is more than U and V can
     for _ in range(ROUNDS):
         u_Kr, _, _ = _strongest(stack_kKK @ v_Kr, rank)
         v_Kr, now, _ = _strongest(stack_kKK.mT @ u_Kr, rank)
