@@ -1,0 +1,114 @@
+"""Which adapters can be merged with each other, and what is known of the result before any arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.adapter.card import Adapter
+from veneer.adapter.faults import add_fault
+from veneer.errors import NotMergeable, WrongBaseError, listed
+from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
+
+_SHOWN_PARTS = ("template",)  # of a fingerprint: said, never refused
+
+
+def check_parents(adapters: Sequence[Adapter]) -> list[str]:
+    """Notes on what does not stop a merge.
+
+    Raises NotMergeable for adapters that hold more than a low-rank update, WrongBaseError for those that were not
+    trained on one base; each with all faults.
+    """
+    _check_methods(adapters)
+    faults, notes = _other_bases(adapters)
+    faults += _other_shapes(adapters)
+    if faults:
+        raise WrongBaseError(listed("These adapters are not of one base:", faults, "Merge those of one base only."))
+    unverified = [place(i) for i, adapter in enumerate(adapters) if adapter.card.base is None]
+    if unverified:
+        notes.append(f"base unverified: not recorded by {', '.join(unverified)}")
+    return notes + _missing_layers(adapters)
+
+
+def place(index: int) -> str:
+    """How an adapter is called in messages: by its place in the list given."""
+    return f"adapter {index + 1}"
+
+
+def common_base(adapters: Sequence[Adapter]) -> Fingerprint | None:
+    """Of each part what all adapters record; "unknown" where one does not, or where templates differ."""
+    if any(adapter.card.base is None for adapter in adapters):
+        return None
+    recorded = [adapter.card.base.to_json() for adapter in adapters if adapter.card.base is not None]
+    return Fingerprint(**{part: common([known[part] for known in recorded]) or UNKNOWN for part in recorded[0]})
+
+
+def common(values: Sequence[Any]) -> Any:
+    """The value that all of them are, else None."""
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def layers(adapters: Sequence[Adapter]) -> list[str]:
+    """All layers that at least one adapter has, in the order of the first that has them."""
+    return list(dict.fromkeys(module for adapter in adapters for module in adapter.modules()))
+
+
+def _check_methods(adapters: Sequence[Adapter]) -> None:
+    faults = [
+        f"{place(i)} is {adapter.card.method}: beside B·A it learned {', '.join(_more(adapter))}, which no sum of "
+        "low-rank updates holds"
+        for i, adapter in enumerate(adapters)
+        if _more(adapter)
+    ]
+    if faults:
+        advice = "Merge a DoRA into its base by itself (veneer merge ADAPTER --into-base), or train the skill as lora."
+        raise NotMergeable(listed("These adapters cannot be merged with others:", faults, advice))
+
+
+def _more(adapter: Adapter) -> list[str]:
+    """What else than factors the adapter keeps."""
+    names = {"m": "a magnitude for each output (DoRA)", "c": "a bias", "o": "a bias"}
+    kinds = sorted({name.rpartition(".")[2] for name in adapter.tensors} - {"a", "b"})
+    return [names.get(kind, kind) for kind in kinds]
+
+
+def _other_bases(adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
+    """Faults and notes: what each adapter records otherwise than one before it."""
+    faults: list[str] = []
+    notes: list[str] = []
+    known = [(i, adapter.card.base) for i, adapter in enumerate(adapters) if adapter.card.base is not None]
+    for n, (i, base) in enumerate(known):
+        told: set[str] = set()
+        for j, earlier in known[:n]:
+            new = [difference for difference in compare(base, earlier) if difference.part not in told]
+            told |= {difference.part for difference in new}
+            for difference in new:
+                where = notes if difference.part in _SHOWN_PARTS else faults
+                where.append(f"{difference.part} of the base: {place(i)} was trained on another than {place(j)}")
+    return faults, notes
+
+
+def _other_shapes(adapters: Sequence[Adapter]) -> list[str]:
+    seen: dict[str, tuple[int, int, int]] = {}
+    faults: list[str] = []
+    found = []
+    for i, adapter in enumerate(adapters):
+        for module in adapter.modules():
+            a_RI, b_OR = adapter.factors(module)
+            j, outputs, inputs = seen.setdefault(module, (i, len(b_OR), a_RI.shape[1]))
+            if (len(b_OR), a_RI.shape[1]) != (outputs, inputs):
+                here, there = [len(b_OR), a_RI.shape[1]], [outputs, inputs]
+                found.append(f"{module} ({place(j)} {there}, {place(i)} {here})")
+    add_fault(faults, "layers of other shapes [out, in]", found)
+    return faults
+
+
+def _missing_layers(adapters: Sequence[Adapter]) -> list[str]:
+    every, notes = layers(adapters), []
+    for i, adapter in enumerate(adapters):
+        own = set(adapter.modules())
+        told: list[str] = []
+        missing = [module for module in every if module not in own]
+        add_fault(told, f"{place(i)} has nothing for {len(missing)} of {len(every)} layers, zero there", missing, 2)
+        notes += told
+    return notes
