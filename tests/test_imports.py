@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "veneer"
 # Part of the package -> level. A part may import those of a lower level, and itself.
 LEVELS = {
     "errors": 0,
+    "notes": 0,
     "lowrank": 0,
     "kernels": 0,
     "config": 1,

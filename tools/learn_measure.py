@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from veneer import lowrank
-from veneer.adapter.attach import attach, detach, methods_of, take
+from veneer.adapter.attach import attach, detach, methods_of
+from veneer.adapter.take import take
 from veneer.config import LoraSettings, RunConfig
 from veneer.data.toolcalls import write
 from veneer.errors import TrainingError

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from veneer.adapter.attach import attach, detach, merge_into, take
+    from veneer.adapter.attach import attach, detach, merge_into
     from veneer.adapter.card import Adapter
+    from veneer.adapter.take import take
     from veneer.config import LoraSettings as Lora
     from veneer.config import RunConfig
     from veneer.errors import VeneerError
@@ -36,7 +37,7 @@ PUBLIC: dict[str, str] = {
     "generate": "veneer.model.generate:generate",
     "load": "veneer.model.load:load",
     "merge_into": "veneer.adapter.attach:merge_into",
-    "take": "veneer.adapter.attach:take",
+    "take": "veneer.adapter.take:take",
 }
 
 __all__ = [

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from veneer.adapter.attach import attach, detach, find_targets, merge_into, methods_of, take
+from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
 from veneer.adapter.patterns import matched
+from veneer.adapter.take import take
+from veneer.adapter.targets import find_targets
 from veneer.config import LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, VeneerError, WrongBaseError
 from veneer.model.leaf import Leaf

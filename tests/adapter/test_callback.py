@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from veneer.adapter.attach import attach, take
+from veneer.adapter.attach import attach
 from veneer.adapter.callback import AdapterCallback
 from veneer.adapter.card import Adapter
+from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.errors import AdapterError
 from veneer.model.packed import speaking

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.families import config_of, model_of
-from veneer.adapter.attach import attach, methods_of, take
+from veneer.adapter.attach import attach, methods_of
 from veneer.adapter.callback import AdapterCallback
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.experts import parameter_of, together
 from veneer.adapter.peft_experts import apart, joined
+from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.errors import AdapterError, WrongBaseError
 

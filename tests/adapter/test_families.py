@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.families import config_of, gemma3, gpt2, llava, model_of, qwen2_vl
-from veneer.adapter.attach import attach, detach, find_targets, merge_into, methods_of, take
+from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
+from veneer.adapter.take import take
+from veneer.adapter.targets import find_targets
 from veneer.config import LoraSettings
 from veneer.errors import ConfigError, ModelError
 from veneer.model.losses import cross_entropy, targets_of

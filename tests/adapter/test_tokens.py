@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.families import config_of, gpt2, model_of
-from veneer.adapter.attach import attach, detach, merge_into, methods_of, take
+from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import CARD, Adapter
 from veneer.adapter.formats import CONFIG
 from veneer.adapter.peft_tensors import WEIGHTS
+from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.errors import AdapterError, ConfigError, ModelError, NotMergeable, WrongBaseError
 from veneer.model.packed import speaking

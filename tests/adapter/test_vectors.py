@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from veneer.adapter.attach import attach, merge_into, methods_of, take
+from veneer.adapter.attach import attach, merge_into, methods_of
 from veneer.adapter.card import Adapter
+from veneer.adapter.take import take
 from veneer.bases.dense import Dense
 from veneer.config import LoraSettings
 from veneer.errors import AdapterError, NotMergeable

@@ -106,7 +106,8 @@ def model(stub: Stub) -> Model:
         return [to.say(prompt, slot, options) for prompt in prompts]
 
     stub("veneer.adapter.card", Adapter=Adapter)
-    stub("veneer.adapter.attach", attach=attach, storage_note=lambda adapter, storage, name: None)
+    stub("veneer.adapter.attach", attach=attach)
+    stub("veneer.adapter.take", storage_note=lambda adapter, storage, name: None)
     stub("veneer.model.load", load=load)
     stub("veneer.model.generate", stream=stream, generate=generate)
     import veneer.data.chat as real

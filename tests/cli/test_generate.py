@@ -97,6 +97,6 @@ def test_the_base_is_loaded_as_asked(veneer: Any, model: Any) -> None:
 
 
 def test_an_adapter_of_another_storage_is_told_of(veneer: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = sys.modules["veneer.adapter.attach"]
+    stand_in = sys.modules["veneer.adapter.take"]
     monkeypatch.setattr(stand_in, "storage_note", lambda adapter, storage, name: f"{name} beside {storage}")
     assert "note: adapter beside dense auto\n" in veneer("generate", "hello", "--adapter", "out/a").err

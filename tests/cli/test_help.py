@@ -37,7 +37,7 @@ def test_defaults_and_needs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     text = help_text(train.COMMAND)
     assert "rank of the update of each layer [16]" in text
     assert "added to the root of the second moment [1e-08]" in text
-    assert "layers to adapt, by name or end of name [all-linear]" in text
+    assert "only where they are named [all-linear]" in " ".join(text.split())
     assert "keep the adapter of the lowest validation loss [yes]" in text
     assert text.count("(required)") == sum(option.required for option in options_of(RunConfig).values()) == 3
     assert "None" not in text

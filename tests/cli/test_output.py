@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.cli.output import print_facts, print_json, print_table, results, results_only, shown
+from veneer.cli.output import notes_told, print_facts, print_json, print_table, results, results_only, shown
+from veneer.notes import Note, tell
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -97,3 +100,18 @@ class Thing:
 )
 def test_shown(value: object, text: str) -> None:
     assert shown(value) == text.replace("Thing", f"{Thing.__qualname__}")
+
+
+def test_what_veneer_warns_of_is_a_note_and_what_others_warn_of_stays(capsys: Any) -> None:
+    with notes_told(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        tell("experts stay as they are")
+        with pytest.warns(DeprecationWarning, match="of another package"):
+            warnings.warn("of another package", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "note: experts stay as they are\n"
+
+
+def test_a_note_is_told_in_the_name_of_who_called() -> None:
+    with pytest.warns(Note) as told:
+        tell("here")
+    assert told[0].filename == __file__

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.train.conftest import pico_folder  # noqa: F401
-from veneer.adapter.attach import attach, take
+from veneer.adapter.attach import attach
 from veneer.adapter.card import Adapter
+from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.model.load import load
 

@@ -112,7 +112,7 @@ def test_auto_keeps_the_dtype_of_the_checkpoint(base: Path, adapter_folder: Path
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(base).save_pretrained(half)
-    from veneer.adapter.attach import take
+    from veneer.adapter.take import take
     from veneer.config import LoraSettings
 
     model = attach(load(str(half), "float32").model, LoraSettings(r=2))

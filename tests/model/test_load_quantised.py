@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from tests.model.test_load import SIZES, words
-from veneer.adapter.attach import attach, detach, merge_into, storage_note, take
+from veneer.adapter.attach import attach, detach, merge_into
+from veneer.adapter.take import storage_note, take
 from veneer.bases import BASES
 from veneer.config import SWITCHES, LoraSettings
 from veneer.errors import ModelError, NotMergeable

@@ -10,7 +10,8 @@ import torch
 
 from tests.families import config_of, gemma3, llava, model_of, qwen2_vl
 from tests.model.test_load import words
-from veneer.adapter.attach import attach, methods_of, take
+from veneer.adapter.attach import attach, methods_of
+from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.merge.into_base import merge_into_base
 from veneer.model.layers import decoder_layers

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from veneer.adapter.attach import methods_of, take
+from veneer.adapter.attach import methods_of
 from veneer.adapter.card import Adapter
 from veneer.adapter.experts import together
+from veneer.adapter.take import take
 from veneer.errors import AdapterError, listed
 
 FOLDER = "adapter"

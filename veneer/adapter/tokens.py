@@ -8,7 +8,6 @@ the one module that it names, tied or not.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from veneer.methods.rows import TokenRows, rows_of
 from veneer.model.leaf import Leaf
 from veneer.model.swap import base_at, check_adaptable
 from veneer.model.vocabulary import embedding_path, head_path, is_tied
+from veneer.notes import tell
 
 OPTION = "--trainable-token-indices"
 
@@ -51,11 +51,9 @@ def tell_tied(model: nn.Module, targets: Sequence[str]) -> None:
     """Warns where one of two that are tied is adapted as if it were alone."""
     ends = [path for path in map(str, (embedding_path(model), head_path(model))) if path in targets]
     if ends and is_tied(model):
-        warnings.warn(
+        tell(
             f"{embedding_path(model)} and {head_path(model)} share one weight (tied); each update is of "
-            f"{' or of '.join(ends)} alone, as in PEFT, so it cannot be merged into that weight",
-            UserWarning,
-            stacklevel=5,
+            f"{' or of '.join(ends)} alone, as in PEFT, so it cannot be merged into that weight"
         )
 
 
@@ -108,11 +106,9 @@ def _id_faults(path: str, ids: Sequence[int], vocabulary: int) -> list[str]:
 
 def _tell_one_table(path: str, other: str, tied: bool) -> None:
     told = "share one weight (tied), so it cannot be merged" if tied else "have tables of their own"
-    warnings.warn(
+    tell(
         f"{OPTION}: rows of {path} alone are trained; {path} and {other} {told}. For both: "
-        f'{OPTION} \'{{"{path}": [...], "{other}": [...]}}\'',
-        UserWarning,
-        stacklevel=6,
+        f'{OPTION} \'{{"{path}": [...], "{other}": [...]}}\''
     )
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from veneer.cli.output import results, results_only, say, write_anything
+from veneer.cli.output import notes_told, results, results_only, say, write_anything
 from veneer.errors import ConfigError, VeneerError, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in VERBS:
         return _unknown_verb(words[0])
-    with results_only():
+    with results_only(), notes_told():
         return _run(words[0], words[1:])
 
 

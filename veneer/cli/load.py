@@ -53,8 +53,9 @@ class Opened:
 
 def open_model(settings: BaseSettings, adapters: Mapping[str, str]) -> Opened:
     """The base of the settings with every adapter (slot name -> folder) attached."""
-    from veneer.adapter.attach import attach, storage_note
+    from veneer.adapter.attach import attach
     from veneer.adapter.card import Adapter
+    from veneer.adapter.take import storage_note
     from veneer.model.load import load
 
     values = {name: Adapter.load(folder) for name, folder in adapters.items()}

@@ -10,8 +10,11 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Literal
+
+from veneer.notes import Note
 
 _CODES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _results: list[IO[str]] = []
@@ -27,6 +30,24 @@ def results_only() -> Iterator[None]:
             yield
     finally:
         _results.pop()
+
+
+@contextlib.contextmanager
+def notes_told() -> Iterator[None]:
+    """Inside, what veneer warns of is a line for the person; other packages' warnings stay as they are."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            say(f"note: {message}")
+        else:
+            before(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def write_anything() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.adapter.attach import attach, is_name, storage_note
+from veneer.adapter.attach import attach, is_name
 from veneer.adapter.card import Adapter
+from veneer.adapter.take import storage_note
 from veneer.config import EvalSettings
 from veneer.data.encode import family_of
 from veneer.data.files import Row

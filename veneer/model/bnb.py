@@ -7,7 +7,6 @@ bitsandbytes itself is not needed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from veneer.bases.base import Base
 from veneer.errors import ModelError, listed
 from veneer.model.shards import Shards
+from veneer.notes import tell
 
 NF4 = {False: "nf4", True: "nf4-dq"}  # with double quantisation? -> name of the storage
 STATE = "quant_state.bitsandbytes__nf4"
@@ -54,7 +54,7 @@ def agree(name: str, stored: str, asked: str) -> str:
             "Next: leave the storage option out, or name the original model as the base"
         )
     if asked not in ("dense", stored):
-        warnings.warn(f"{name} is stored as {stored} and loads as that, not as {asked}", UserWarning, stacklevel=2)
+        tell(f"{name} is stored as {stored} and loads as that, not as {asked}")
     return stored
 
 

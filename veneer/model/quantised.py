@@ -5,7 +5,6 @@ On a GPU a tensor goes there as it is stored, is cast and encoded there, and its
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from veneer.model.shards import Shards
 from veneer.model.skeleton import Hollow, hollows, skeleton_config
 from veneer.model.source import Source
 from veneer.model.swap import linear_paths, place, place_leaf
+from veneer.notes import tell
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_quantised(source: Source, way: Way, progress: bool) -> PreTrainedModel:
 def _check_layers(source: Source, model: nn.Module, way: Way) -> None:
     """Says what stays dense; raises ModelError where that is every layer."""
     if experts := experts_note(model):
-        warnings.warn(f"{source.name} as {way.storage}: {experts} and stay dense", UserWarning, stacklevel=5)
+        tell(f"{source.name} as {way.storage}: {experts} and stay dense")
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise ModelError(
             f"{source.name} ({type(model).__name__}) holds its layers transposed (Conv1D), which veneer keeps dense "

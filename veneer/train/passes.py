@@ -11,7 +11,6 @@ slots, dropout, sequences that share their beginnings, a sharded base) is launch
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from veneer.model.losses import Loss, Targets, cross_entropy, targets_of
 from veneer.model.packed import running, whole
 from veneer.model.stream import EVEN, Span, Stream, pack
 from veneer.model.varlen import Varlen, varlen_of
+from veneer.notes import tell
 
 GRAPHS = 8  # shapes that are kept; each holds some megabytes beside the memory that all share
 REMEMBERED = 64  # shapes without one; a few tensors of ids each
@@ -113,11 +113,7 @@ class Passes:
             torch.cuda.set_stream(stream)  # a recording that fails at its end leaves its own in place
             self.graphs = False
             cause = str(error.__context__ or error).strip() or type(error).__name__
-            warnings.warn(
-                f"passes are launched kernel by kernel, perhaps slower: {cause.splitlines()[0]}",
-                UserWarning,
-                stacklevel=3,
-            )
+            tell(f"passes are launched kernel by kernel, perhaps slower: {cause.splitlines()[0]}")
 
 
 def computed(model: nn.Module, ready: Pass) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from veneer.adapter.attach import methods_of, take
+from veneer.adapter.attach import methods_of
+from veneer.adapter.take import take
 from veneer.config import RunConfig, write_yaml
 from veneer.errors import ConfigError
 from veneer.model.layers import as_they_were

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import secrets
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from veneer.config import RunConfig
 from veneer.errors import ConfigError, listed
+from veneer.notes import tell
 
 IDENTITY = "tracker.json"  # what a resumed run is known by
 Values = Mapping[str, float]
@@ -152,11 +152,9 @@ class Tracking:
                 act(tracker)
             except Exception as error:  # whatever it is, the training is worth more
                 del self.open[name]
-                warnings.warn(
+                tell(
                     f"{name} is told nothing more of this run ({type(error).__name__}: {error}); training goes on, and "
-                    "metrics.jsonl has everything",
-                    UserWarning,
-                    stacklevel=4,
+                    "metrics.jsonl has everything"
                 )
 
 
