@@ -1,0 +1,159 @@
+"""What merging two adapters costs: 24 tasks, all 276 pairs: `python -m benchmarks.merge_quality [--seconds 1500]`.
+
+Each task has an adapter of its own on SmolLM2-135M (135M parameters, whose weights were stored in 4 bits once). All
+pairs are merged by `linear` with weights of 1/2 each and of 1 each; PAIRS of them, drawn once, by every other method
+of METHODS, and by training one adapter on both tasks' rows. Every score is of the test file, each task's own, see
+`benchmarks.multitask`. What is measured of a pair before merging (`features`) stands beside its scores. The file is
+written as it grows, and what it holds is not measured again; adapters lie in a folder beside it, for the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from benchmarks import multitask, record
+
+PAIRS, SEED = 60, 0
+LINEAR: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
+    "linear 1/2": ("linear", (0.5, 0.5), {}),
+    "linear 1": ("linear", (1.0, 1.0), {}),
+}
+METHODS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
+    "svd": ("svd", (1.0, 1.0), {"rank": multitask.RANK}),
+    "magnitude": ("magnitude", (1.0, 1.0), {}),
+    "ties": ("ties", (1.0, 1.0), {"density": 0.5}),
+    "dare_linear": ("dare_linear", (1.0, 1.0), {"density": 0.7}),
+    "knots": ("knots", (1.0, 1.0), {"density": 0.5}),
+    "core": ("core", (1.0, 1.0), {"density": 0.5}),
+    "tsv_m": ("tsv_m", (1.0, 1.0), {}),
+    "iso_c": ("iso_c", (1.0, 1.0), {}),
+    "orthogonal": ("orthogonal", (1.0, 1.0), {}),
+    "compress": ("compress", (1.0, 1.0), {"rank": multitask.RANK}),
+}
+JOINT = "joint"
+Pair = tuple[str, str]
+
+
+class OutOfTime(Exception):
+    """Nothing more is begun."""
+
+
+def main() -> None:
+    """Trains, merges and scores, as far as the time goes, and writes benchmarks/results/merge_quality.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after that")
+    parser.add_argument("--adapters", type=Path, default=Path("out/merge-quality"), help="where adapters are kept")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "merge_quality.json")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these")
+    asked = parser.parse_args()
+    if not multitask.DATA.is_dir():
+        sys.exit(f"no data at {multitask.DATA}; set VENEER_DATA to the folder that holds multitask")
+    held = json.loads(asked.output.read_text()) if asked.output.exists() else {}
+    experiment = Experiment(asked.tasks or multitask.names(), asked.adapters, held, time.monotonic() + asked.seconds)
+    try:
+        for group in experiment.all():
+            record.save(asked.output.stem, experiment.result, asked.output.resolve().parent)
+            print(group, file=sys.stderr, flush=True)
+    except OutOfTime:
+        print("out of time; the next call goes on", file=sys.stderr)
+
+
+class Experiment:
+    """Adapters, scores so far, and what comes next."""
+
+    def __init__(self, tasks: list[str], folder: Path, held: dict[str, Any], until: float) -> None:
+        from veneer.model.load import load
+
+        self.tasks, self.folder, self.until = tasks, folder, until
+        self.loaded = load("smollm2", progress=False)
+        self.tests = {task: multitask.Test(self.loaded, task) for task in tasks}
+        self.pairs: list[Pair] = list(combinations(tasks, 2))
+        self.drawn = sorted(random.Random(SEED).sample(self.pairs, min(PAIRS, len(self.pairs))))
+        self.result: dict[str, Any] = {name: held.get(name, {}) for name in ("base", "alone", "pairs")}
+        self.adapters: dict[str, Any] = {}
+
+    def all(self) -> Iterator[str]:
+        """Everything, in parts that can be written."""
+        for task in self.tasks:
+            if task not in self.result["base"]:
+                self.result["base"][task] = self.tests[task].scores(self.loaded, None)
+        yield "base"
+        self.adapters = self.made({task: (task,) for task in self.tasks})
+        self.each(self.tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
+        yield "alone"
+        yield from self.merged(LINEAR, self.pairs)
+        yield from self.merged(METHODS, self.drawn)
+        joint = self.made({key(pair): pair for pair in self.drawn})
+        for pair in self.drawn:
+            self.entry(pair).setdefault(JOINT, self.score(joint[key(pair)], pair))
+        yield JOINT
+
+    def merged(self, methods: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
+        """Every pair by every method."""
+        from veneer.merge.apply import combine
+        from veneer.merge.recipe import Recipe
+
+        for name, (method, weights, options) in methods.items():
+            recipe = Recipe(method, weights, options)
+            for pair in pairs:
+                if name not in self.entry(pair):
+                    self.check_time()
+                    merged, report = combine([self.adapters[task] for task in pair], recipe, progress=False)
+                    self.entry(pair)[name] = self.score(merged, pair) | {"kept": report.kept}
+            yield name
+
+    def entry(self, pair: Pair) -> dict[str, Any]:
+        return self.result["pairs"].setdefault(key(pair), {})
+
+    def each(self, what: list[str], found: dict[str, Any], make: Callable[[str], Any]) -> None:
+        for name in what:
+            if name not in found:
+                self.check_time()
+                found[name] = make(name)
+
+    def check_time(self) -> None:
+        if time.monotonic() > self.until:
+            raise OutOfTime
+
+    def score(self, adapter: Any, tasks: Any) -> dict[str, Any]:
+        """Score and loss of these tasks with the adapter on."""
+        from veneer.adapter.attach import attach, detach
+
+        attach(self.loaded.model, adapter, "scored")
+        found = {task: self.tests[task].scores(self.loaded, "scored") for task in tasks}
+        detach(self.loaded.model, "scored")
+        return found
+
+    def made(self, wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """Adapters trained on these tasks' rows, from the folder where they lie there."""
+        from veneer.adapter.card import Adapter
+
+        missing = {name: tasks for name, tasks in wanted.items() if not (self.folder / name).is_dir()}
+        if missing:
+            self.check_time()
+            sets = {name: mixed(tasks) for name, tasks in missing.items()}
+            for name, adapter in multitask.trained(self.loaded, sets, SEED).items():
+                adapter.save(self.folder / name)
+        return {name: Adapter.load(self.folder / name) for name in wanted}
+
+
+def key(pair: Pair) -> str:
+    return "--".join(pair)
+
+
+def mixed(tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The training rows of the tasks in turns, so that the first, which are held out, are of each."""
+    each = [multitask.rows(task, "train") for task in tasks]
+    return [row for together in zip(*each, strict=False) for row in together]
+
+
+if __name__ == "__main__":
+    main()
