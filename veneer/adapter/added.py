@@ -26,18 +26,18 @@ _NO_TOKENIZER = (
 )
 
 
-def added_from_settings(model: nn.Module, settings: LoraSettings) -> Extended | None:
+def added_from_settings(model: Any, settings: LoraSettings) -> Extended | None:
     """The tokenizer with the tokens of the settings. Raises ConfigError where base or tokenizer cannot have them."""
     if not settings.add_tokens:
         return None
-    faults, tokenizer = _base_faults(model), getattr(model, "veneer_tokenizer", None)
+    faults = _base_faults(model)
     if is_tied(model) and {embedding_path(model), head_path(model)} & _ends_in(settings.target_modules, model):
         faults.append("embedding and head share one weight (tied), and have factors; leave them out of target_modules")
     if not faults:
-        faults += _gap(model, len(tokenizer))
+        faults += _gap(model, len(model.veneer_tokenizer))
     if faults:
         raise ConfigError(listed(f"{OPTION}:", faults, "Or train without it."))
-    return extended(tokenizer, settings.add_tokens)
+    return extended(model.veneer_tokenizer, settings.add_tokens)
 
 
 def _ends_in(targets: Any, model: nn.Module) -> set[str | None]:
@@ -46,13 +46,13 @@ def _ends_in(targets: Any, model: nn.Module) -> set[str | None]:
     return set() if isinstance(targets, str) else {e for e in ends for t in targets if e == t or e.endswith(f".{t}")}
 
 
-def added_from_adapter(model: nn.Module, adapter: Adapter) -> Extended | None:
+def added_from_adapter(model: Any, adapter: Adapter) -> Extended | None:
     """The tokenizer with the tokens of an adapter that `unfit_added` finds no fault with."""
     told = adapter.card.settings.get(ADDED, [])
     return extended(model.veneer_tokenizer, [text for text, _ in told]) if told else None
 
 
-def unfit_added(adapter: Adapter, model: nn.Module) -> list[str]:
+def unfit_added(adapter: Adapter, model: Any) -> list[str]:
     """Why an adapter's added tokens do not fit this base and its tokenizer."""
     told = adapter.card.settings.get(ADDED, [])
     if not told or (faults := _base_faults(model)):
@@ -84,7 +84,7 @@ def _gap(model: nn.Module, first: int) -> list[str]:
     return [told] if first > rows else []
 
 
-def new_rows(model: nn.Module, path: str) -> Tensor:
+def new_rows(model: Any, path: str) -> Tensor:
     """Where the row (1, D) of an added token starts: at the mean of the rows of the tokenizer's own tokens, so that
     its logit is their mean too (Hewitt 2021, Initializing new word embeddings); float32, the same each time."""
     weight_VD = base_at(model, path).weight

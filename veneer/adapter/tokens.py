@@ -113,7 +113,7 @@ def _with_added(
 
 def _id_faults(path: str, ids: Sequence[int], vocabulary: int, added: Sequence[int] = ()) -> list[str]:
     faults: list[str] = []
-    outside = [str(i) for i in ids if not 0 <= i < vocabulary and i not in added]
+    outside = [str(i) for i in sorted(set(ids) - set(added)) if not 0 <= i < vocabulary]
     add_fault(faults, f"{path}: ids outside its {vocabulary} rows, 0 to {vocabulary - 1}", outside)
     add_fault(faults, f"{path}: ids given twice", [str(i) for i in sorted(set(ids)) if list(ids).count(i) > 1])
     return faults if ids else [f"{path}: no ids"]
@@ -160,7 +160,7 @@ def unfit_vocabulary(adapter: Adapter, model: Any) -> list[str]:
     """Why an adapter's embeddings and rows do not fit this model."""
     settings = adapter.card.settings
     faults = unfit_added(adapter, model)
-    added = {token for _, token in settings.get(ADDED, [])}
+    added = [token for _, token in settings.get(ADDED, [])]
     embedding, head = embedding_path(model), head_path(model)
     told = settings.get(EMBEDDINGS, [])
     add_fault(faults, "adapted as an embedding, which is no token embedding here", [p for p in told if p != embedding])

@@ -50,6 +50,7 @@ def choices_of(
 def of_tokens(name: str, found: Mapping[str, Sequence[Likelihood]]) -> Measured:
     """A metric of LIKELIHOOD, from the likelihoods of each slot; nats are per token of the first one."""
     first = next(iter(found.values()))
+    own: dict[str, tuple[list[float], list[int]]]
     if name == "token_accuracy":
         own = {label: ([one.hits for one in scored], [one.tokens for one in scored]) for label, scored in found.items()}
     else:

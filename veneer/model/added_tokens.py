@@ -88,10 +88,14 @@ def _cut(faults: list[str]) -> list[str]:
     return faults[:_SHOWN] + more
 
 
+def has_added(model: Any) -> bool:
+    """Whether some slot has added tokens."""
+    return bool(getattr(getattr(model, "veneer_wiring", None), "extended", None))
+
+
 def added_by(model: Any, slot: str | None) -> Mapping[str, int]:
     """The tokens that a slot has added (text -> id); of the base, none."""
-    wiring = getattr(model, "veneer_wiring", None)
-    return wiring.extended[slot].ids if wiring is not None and slot in wiring.extended else {}
+    return model.veneer_wiring.extended[slot].ids if has_added(model) and slot in model.veneer_wiring.extended else {}
 
 
 def tokenizer_of(loaded: Any, slot: str | None) -> Any:
