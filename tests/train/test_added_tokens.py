@@ -291,7 +291,7 @@ def test_dry_run_and_preview_know_them(run, bases, calls, capsys):
         (["<t>", "<t>"], ["'<t>': given twice"]),
         (["<t>", "  ", "a\nb", "\u202e", "x" * 300], ["nothing but space", r"'a\nb': control", "300 characters"]),
         ([f"<{n}>" for n in range(MOST + 1)], [f"got {MOST + 1} tokens, wanted 1 to {MOST}"]),
-        (["\u00e9t\u00e9"], ["gives it back as"]),
+        (["\u00e9t\u00e9", "a"], ["gives it back as", "'a': a token already"]),
     ],
 )
 def test_texts_that_cannot_be_tokens(run, bases, given, words):

@@ -30,17 +30,17 @@ class Extended(NamedTuple):
 
 def extended(tokenizer: Any, texts: Sequence[str]) -> Extended:
     """A copy of the tokenizer that has these texts as tokens. Raises ConfigError with every fault."""
-    faults = spelling_faults(texts) or known_faults(tokenizer, texts)
+    grown, first, ids, faults = copy.deepcopy(tokenizer), len(tokenizer), {}, spelling_faults(texts)
+    if not faults:
+        grown.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
+        ids = {text: grown.convert_tokens_to_ids(text) for text in texts}
+        altered = [_altered(grown, text, i) for text, i in ids.items() if grown.decode([i]) != text]
+        faults = known_faults(tokenizer, texts) + _cut(altered)
     if faults:
-        raise ConfigError(listed(f"{OPTION}:", faults, "Wanted words that the tokenizer does not have as one token."))
-    grown = copy.deepcopy(tokenizer)
-    grown.add_tokens([AddedToken(text, normalized=False, special=False) for text in texts])
-    ids = {text: grown.convert_tokens_to_ids(text) for text in texts}
-    first = len(tokenizer)
+        wanted = "Wanted words that the tokenizer does not have as one token, in letters that it gives back."
+        raise ConfigError(listed(f"{OPTION}:", faults, wanted))
     if list(ids.values()) != list(range(first, first + len(ids))):
         raise ConfigError(f"{OPTION}: the ids of this tokenizer have gaps, so that new ones would not follow its last")
-    if faults := [_altered(grown, text) for text in texts if grown.decode([ids[text]]) != text]:
-        raise ConfigError(listed(f"{OPTION}:", _cut(faults), "Wanted words in letters that the tokenizer gives back."))
     return Extended(grown, ids)
 
 
@@ -79,8 +79,8 @@ def _known_as(tokenizer: Any, text: str) -> int | None:
     return tokenizer.get_vocab().get(text)
 
 
-def _altered(tokenizer: Any, text: str) -> str:
-    return f"{text!r}: the tokenizer gives it back as {tokenizer.decode(tokenizer.convert_tokens_to_ids([text]))!r}"
+def _altered(tokenizer: Any, text: str, token: int) -> str:
+    return f"{text!r}: the tokenizer gives it back as {tokenizer.decode([token])!r}"
 
 
 def _cut(faults: list[str]) -> list[str]:
