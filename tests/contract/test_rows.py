@@ -98,3 +98,25 @@ def test_an_embedding_is_a_layer_over_one_hot_tokens(vocabulary, hidden, seed):
     assert set(base.state_dict()) == {"weight"} and base.state_dict()["weight"].shape == (vocabulary, hidden)
     empty = Lookup.empty(hidden, vocabulary, False, torch.bfloat16)
     assert (empty.out_features, empty.in_features, empty.dtype) == (hidden, vocabulary, torch.bfloat16)
+
+
+@given(**shapes, beyond=st.integers(1, 6))
+def test_ids_beyond_the_table_grow_what_is_merged_and_change_nothing_in_it(vocabulary, hidden, share, seed, beyond):
+    _, embedding, head = made(vocabulary, hidden, share, seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = [0, *range(vocabulary, vocabulary + beyond)]
+    rows = TokenRows(torch.randn(len(ids), hidden, generator=generator), ids, vocabulary)
+    merged_VD = rows.merged(head)
+    assert merged_VD.shape == (vocabulary + beyond, hidden) and torch.equal(rows.merged(embedding).t(), merged_VD)
+    assert torch.equal(merged_VD[1:vocabulary], head.weight[1:]) and torch.equal(merged_VD[ids], rows.rows_ND)
+    assert not rows_of(head, torch.tensor(ids[1:])).any() and torch.equal(
+        rows_of(head, torch.tensor([0])), head.weight[:1]
+    )
+    ids_T = torch.arange(vocabulary + beyond)
+    y_TD = F.pad(head.weight, (0, 0, 0, beyond))
+    torch.testing.assert_close(y_TD + rows.embedded(ids_T, y_TD), merged_VD)
+    assert (rows.places(ids_T + vocabulary + beyond) == -1).all()
+    x_TD = torch.randn(4, hidden, generator=generator)
+    y_TV = head.matmul(x_TD)
+    got = F.pad(y_TV, (0, beyond)) + rows.delta(x_TD, y_TV, head)
+    torch.testing.assert_close(got, x_TD @ merged_VD.t(), rtol=1e-4, atol=1e-5)

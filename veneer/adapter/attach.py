@@ -9,6 +9,7 @@ import re
 
 from torch import nn
 
+from veneer.adapter.added import added_from_adapter, added_from_settings
 from veneer.adapter.card import Adapter
 from veneer.adapter.slot import from_adapter, from_settings
 from veneer.adapter.tokens import check_merge, tie_weights
@@ -20,6 +21,8 @@ from veneer.model.leaf import Slotted
 from veneer.model.packed import wiring_of
 from veneer.model.probe import probe
 from veneer.model.swap import base_at, check_adaptable, leaf_at, tie_rows, unswap
+from veneer.model.text import text_config
+from veneer.model.vocabulary import embedding_path
 from veneer.notes import tell
 
 # Told in reports, and fit to name a file on any system: no look-alikes, no paths, nothing that ends a line of a log.
@@ -36,7 +39,11 @@ def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "defaul
     taken).
     """
     _check_name(model, name)
-    made = from_adapter(model, source) if isinstance(source, Adapter) else from_settings(model, source, seed)
+    if isinstance(source, Adapter):
+        made, added = from_adapter(model, source), added_from_adapter(model, source)
+    else:
+        added = added_from_settings(model, source)
+        made = from_settings(model, source, seed, list(added.ids.values()) if added else [])
     for path in made:
         check_adaptable(model, path)  # all before the first is swapped: attach does all or nothing
     _freeze_base(model)
@@ -47,6 +54,8 @@ def attach(model: nn.Module, source: Adapter | LoraSettings, name: str = "defaul
     tie_rows(model)
     wiring = wiring_of(model)
     wiring.slots.append(name)
+    if added:
+        wiring.extended[name] = added
     wiring.voice = wiring.voice or name
     return model
 
@@ -72,6 +81,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for path in methods_of(model, slot):
             del leaf_at(model, path).slots[slot]
         wiring.slots.remove(slot)
+        wiring.extended.pop(slot, None)
     wiring.voice = wiring.voice if wiring.voice in wiring.slots else next(iter(wiring.slots), None)
     if name is None:
         unswap(model)
@@ -100,6 +110,8 @@ def merge_into(model: nn.Module, name: str = "default") -> nn.Module:
         leaf_at(model, path).put(weight)
     if tied:
         tie_weights(model)
+    if name in wiring_of(model).extended:
+        text_config(model).vocab_size = len(base_at(model, str(embedding_path(model))).weight)
     model.veneer_fingerprint = fingerprints.Fingerprint("unknown", "unknown", "unknown", "unknown")  # other weights now
     return detach(model, name)
 

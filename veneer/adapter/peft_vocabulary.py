@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from veneer.adapter.faults import add_fault, finite, is_module
+from veneer.model.added_tokens import spelling_faults
 
 PREFIX = "base_model.model."
 # Entries of a card's settings.
 ROWS = "trainable_token_indices"  # module path -> token ids, one for each of its rows; PEFT's name for it
 EMBEDDINGS = "embeddings"  # paths of the modules that are embeddings
 COPIES = "base_copies"  # module path -> hash of the copy of its weight that was in the folder
+ADDED = "added_tokens"  # [text, id] of each token that was added to the base's tokenizer, by id
 _FACTORS = {"lora_embedding_A": "lora_A.weight", "lora_embedding_B": "lora_B.weight"}
 _DELTA = "token_adapter.trainable_tokens_delta"
 _COPY = ("token_adapter.base_layer.weight", "base_layer.weight")
@@ -131,10 +133,31 @@ def vocabulary_faults(rows: Mapping[str, Tensor], settings: Mapping[str, Any], m
     embeddings = settings.get(EMBEDDINGS, [])
     if not isinstance(embeddings, list) or not set(map(str, embeddings)) <= set(modules):
         faults.append(f"settings.{EMBEDDINGS}: got {embeddings!r:.200}, wanted adapted modules")
+    faults += added_faults(settings, told if isinstance(told, dict) else {})
     copies = settings.get(COPIES, {})
     if not isinstance(copies, dict) or not all(isinstance(value, str) for value in copies.values()):
         faults.append(f"settings.{COPIES}: got {copies!r:.200}, wanted module paths with hashes")
     return faults
+
+
+def added_faults(settings: Mapping[str, Any], rows: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a card's added tokens. rows: module path -> token ids."""
+    told = settings.get(ADDED, [])
+    if not isinstance(told, list) or not all(map(_is_added, told)):
+        return [f"settings.{ADDED}: got {told!r:.200}, wanted a list of [text, token id]"]
+    if not told:
+        return []
+    ids = [token for _, token in told]
+    faults = [f"settings.{ADDED}: {fault}" for fault in spelling_faults([text for text, _ in told])]
+    if ids != list(range(ids[0], ids[0] + len(ids))):
+        faults.append(f"settings.{ADDED}: got ids {ids!r:.80}, wanted each one more than the one before")
+    lacking = [path for path, held in rows.items() if not set(ids) <= set(held if _is_ids(held) else [])]
+    add_fault(faults, f"settings.{ADDED}: tokens without a row", lacking or ([] if rows else ["no module has rows"]))
+    return faults
+
+
+def _is_added(told: Any) -> bool:
+    return isinstance(told, list) and len(told) == 2 and isinstance(told[0], str) and _is_ids(told[1:])
 
 
 def keys_of(module: str, kinds: Mapping[str, str], is_embedding: bool) -> dict[str, str]:

@@ -32,7 +32,8 @@ from veneer.model.swap import base_at
 from veneer.notes import tell
 
 
-def from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[str, Method]:
+def from_settings(model: nn.Module, settings: LoraSettings, seed: int, added: Sequence[int] = ()) -> dict[str, Method]:
+    """added: the ids of its new tokens."""
     targets = find_targets(model, settings)
     _check_experts(model, settings, targets)
     if settings.target_modules == "all-linear":
@@ -45,7 +46,7 @@ def from_settings(model: nn.Module, settings: LoraSettings, seed: int) -> dict[s
     alphas = patterns_of_peft.resolve(settings.alpha_pattern, targets, settings.lora_alpha)
     tell_tied(model, targets)
     made = {path: _new(model, path, settings, ranks[path], alphas[path], seed) for path in targets}
-    return made | rows_from_settings(model, settings, targets)
+    return made | rows_from_settings(model, settings, targets, added)
 
 
 def _check_experts(model: nn.Module, settings: LoraSettings, targets: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.adapter.added import about_added
 from veneer.adapter.attach import methods_of
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.experts import numbered
@@ -19,6 +20,7 @@ from veneer.methods.base import Method
 from veneer.methods.experts import ExpertLoRA
 from veneer.methods.rows import TokenRows
 from veneer.model import fingerprint as fingerprints
+from veneer.model.added_tokens import added_by
 from veneer.model.swap import base_at
 from veneer.model.vocabulary import embedding_path, head_path
 
@@ -32,7 +34,8 @@ def take(
     for path, method in methods.items():
         for module, held in _kept(path, method).items():
             tensors |= {f"{module}.{kind}": tensor.cpu().contiguous() for kind, tensor in held.items()}
-    return Adapter(tensors, _card(model, methods, base_name, storage, training or {}))
+    told = about_vocabulary(model, methods) | about_added(added_by(model, name))
+    return Adapter(tensors, _card(model, methods, told, base_name, storage, training or {}))
 
 
 def _kept_as(path: str, method: Method) -> list[str]:
@@ -48,8 +51,10 @@ def _kept(path: str, method: Method) -> dict[str, dict[str, torch.Tensor]]:
     return {module: {kind: t[e] for kind, t in held.items()} for e, module in enumerate(modules)}
 
 
-def _card(model: nn.Module, methods: dict[str, Method], base_name: str, storage: str, training: dict) -> Card:
-    told = about_vocabulary(model, methods)
+def _card(
+    model: nn.Module, methods: dict[str, Method], told: dict[str, Any], base_name: str, storage: str, training: dict
+) -> Card:
+    """told: what settings say of the vocabulary."""
     methods = {path: method for path, method in methods.items() if not isinstance(method, TokenRows)}
     modules = {module: method for path, method in methods.items() for module in _kept_as(path, method)}
     ranks = {module: method.rank for module, method in modules.items()}

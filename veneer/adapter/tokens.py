@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter import patterns
+from veneer.adapter.added import new_rows, unfit_added
 from veneer.adapter.card import Adapter
 from veneer.adapter.faults import add_fault
-from veneer.adapter.peft_vocabulary import COPIES, EMBEDDINGS, ROWS, digest
+from veneer.adapter.peft_vocabulary import ADDED, COPIES, EMBEDDINGS, ROWS, digest
 from veneer.bases.base import Base
 from veneer.bases.dense import Dense
 from veneer.bases.lookup import Lookup
@@ -26,6 +27,7 @@ from veneer.errors import AdapterError, ConfigError, NotMergeable, listed
 from veneer.methods.base import Method
 from veneer.methods.init import INITS, Start, lookup
 from veneer.methods.rows import TokenRows, rows_of
+from veneer.model.added_tokens import OPTION as ADD_TOKENS
 from veneer.model.leaf import Leaf
 from veneer.model.swap import base_at, check_adaptable
 from veneer.model.vocabulary import embedding_path, head_path, is_tied
@@ -57,19 +59,22 @@ def tell_tied(model: nn.Module, targets: Sequence[str]) -> None:
         )
 
 
-def rows_from_settings(model: nn.Module, settings: LoraSettings, targets: Sequence[str]) -> dict[str, Method]:
-    """Path -> rows to train, starting as the base's. Raises ConfigError with every fault."""
+def rows_from_settings(
+    model: nn.Module, settings: LoraSettings, targets: Sequence[str], added: Sequence[int] = ()
+) -> dict[str, Method]:
+    """Path -> rows to train, starting as the base's, those of added tokens as `new_rows`. Raises ConfigError with every
+    fault."""
     given = settings.trainable_token_indices
-    if not given:
+    if not given and not added:
         return {}
     ends = [path for path in (embedding_path(model), head_path(model)) if path is not None]
     if not ends:
         raise ConfigError(f"{OPTION}: this model has no token embedding that is known")
     faults: list[str] = []
-    wanted = _wanted(given, ends, faults)
+    wanted = _with_added(_wanted(given, ends, faults) if given else {}, ends, added, is_tied(model))
     for path, ids in wanted.items():
         check_adaptable(model, path)
-        faults += _id_faults(path, ids, _vocabulary(model, path))
+        faults += _id_faults(path, ids, _vocabulary(model, path), added)
     add_fault(faults, "both rows and factors (leave it out of --target-modules)", [p for p in wanted if p in targets])
     tied = is_tied(model)
     if tied and len({tuple(ids) for ids in wanted.values()}) > 1:
@@ -77,13 +82,13 @@ def rows_from_settings(model: nn.Module, settings: LoraSettings, targets: Sequen
     if tied and settings.method != "lora" and ends[-1] in targets and ends[0] in wanted:
         faults.append(f"{ends[-1]} shares the weight whose rows are trained, which goes with --method lora only")
     if faults:
-        raise ConfigError(listed(f"{OPTION}:", faults, "Wanted token ids, or MODULE: ids, of this base."))
+        option = OPTION if given else ADD_TOKENS
+        raise ConfigError(listed(f"{option}:", faults, "Wanted token ids, or MODULE: ids, of this base."))
     if tied and ends[0] in wanted:
         wanted = {ends[0]: wanted[ends[0]]}  # the head has them by being tied
     elif len(wanted) < len(ends):
         _tell_one_table(next(iter(wanted)), next(path for path in ends if path not in wanted), tied)
-    bases = {path: _base(model, path) for path in wanted}
-    return {path: _new_rows(bases[path], ids) for path, ids in wanted.items()}
+    return {path: _new_rows(model, path, ids, added) for path, ids in wanted.items()}
 
 
 def _wanted(given: Any, ends: Sequence[str], faults: list[str]) -> dict[str, list[int]]:
@@ -96,9 +101,19 @@ def _wanted(given: Any, ends: Sequence[str], faults: list[str]) -> dict[str, lis
     return {paths[0]: given[name] for name, paths in found.items() if paths}
 
 
-def _id_faults(path: str, ids: Sequence[int], vocabulary: int) -> list[str]:
+def _with_added(
+    wanted: Mapping[str, list[int]], ends: Sequence[str], added: Sequence[int], tied: bool
+) -> dict[str, list[int]]:
+    """The ids of added tokens behind the others, in both ends; a tied head has those of the embedding."""
+    if not added:
+        return dict(wanted)
+    paths = ends[:1] if tied and ends[-1] not in wanted else ends
+    return {path: [*wanted.get(path, []), *added] for path in paths}
+
+
+def _id_faults(path: str, ids: Sequence[int], vocabulary: int, added: Sequence[int] = ()) -> list[str]:
     faults: list[str] = []
-    outside = [str(i) for i in ids if not 0 <= i < vocabulary]
+    outside = [str(i) for i in sorted(set(ids) - set(added)) if not 0 <= i < vocabulary]
     add_fault(faults, f"{path}: ids outside its {vocabulary} rows, 0 to {vocabulary - 1}", outside)
     add_fault(faults, f"{path}: ids given twice", [str(i) for i in sorted(set(ids)) if list(ids).count(i) > 1])
     return faults if ids else [f"{path}: no ids"]
@@ -112,16 +127,16 @@ def _tell_one_table(path: str, other: str, tied: bool) -> None:
     )
 
 
-def _base(model: nn.Module, path: str) -> Base:
-    return base_at(model, path)
-
-
 def _vocabulary(model: nn.Module, path: str) -> int:
     return len(model.get_submodule(path).weight)
 
 
-def _new_rows(base: Base, ids: Sequence[int]) -> TokenRows:
-    return TokenRows(rows_of(base, torch.tensor(list(ids))).cpu(), ids, len(base.weight))
+def _new_rows(model: nn.Module, path: str, ids: Sequence[int], added: Sequence[int]) -> TokenRows:
+    base, ids_N = base_at(model, path), torch.tensor(list(ids))
+    rows_ND = rows_of(base, ids_N).cpu()
+    if added:
+        rows_ND[torch.isin(ids_N, torch.tensor(list(added)))] = new_rows(model, path)
+    return TokenRows(rows_ND, ids, len(base.weight))
 
 
 def rows_from_adapter(model: nn.Module, adapter: Adapter) -> dict[str, Method]:
@@ -144,7 +159,8 @@ def about_vocabulary(model: nn.Module, methods: Mapping[str, Method]) -> dict[st
 def unfit_vocabulary(adapter: Adapter, model: Any) -> list[str]:
     """Why an adapter's embeddings and rows do not fit this model."""
     settings = adapter.card.settings
-    faults: list[str] = []
+    faults = unfit_added(adapter, model)
+    added = [token for _, token in settings.get(ADDED, [])]
     embedding, head = embedding_path(model), head_path(model)
     told = settings.get(EMBEDDINGS, [])
     add_fault(faults, "adapted as an embedding, which is no token embedding here", [p for p in told if p != embedding])
@@ -155,7 +171,7 @@ def unfit_vocabulary(adapter: Adapter, model: Any) -> list[str]:
             faults.append(f"{path}: rows of tokens, and it is neither token embedding nor vocabulary head here")
             continue
         weight = model.get_submodule(path).weight
-        faults += _id_faults(path, ids, len(weight))
+        faults += _id_faults(path, ids, len(weight), added)
         if rows_ND.shape[1] != weight.shape[1]:
             faults.append(f"{path}: rows of {rows_ND.shape[1]} numbers, the model has {weight.shape[1]}")
     return faults + _copy_faults(settings.get(COPIES, {}), model)

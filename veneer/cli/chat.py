@@ -120,7 +120,7 @@ class Session:
         slot, loaded = None if self.speaker == BASE else self.speaker, self.opened.loaded
         conversation = Conversation(tuple(self.messages), (), "messages")
         prompt_ids = self.opened.prompt_ids(conversation, slot, self.system_prompt)
-        return stream(loaded.model, loaded.tokenizer, prompt_ids, slot=slot, **decoding(self.settings))
+        return stream(loaded.model, self.opened.tokenizer(slot), prompt_ids, slot=slot, **decoding(self.settings))
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Session, str], str], str]] = {

@@ -34,10 +34,13 @@ def _preview(argv: Sequence[str]) -> int:
     from veneer.data.encode import encode
     from veneer.data.preview import preview, summary
     from veneer.data.sources import read_source
+    from veneer.model.added_tokens import extended
     from veneer.model.load import load_tokenizer
 
     source = read_source(settings.dataset, settings.columns)
     tokenizer = load_tokenizer(settings.base_model)
+    if settings.add_tokens:
+        tokenizer = extended(tokenizer, settings.add_tokens).tokenizer
     template = Template(tokenizer, settings.system_prompt)
     encoded = encode(source.rows, template, settings.max_length, settings.dataset)
     if parsed.json:

@@ -63,7 +63,7 @@ def _stream(opened: Opened, settings: GenerateSettings, conversation: Conversati
 
     loaded, slot = opened.loaded, SLOT if settings.adapter else None
     prompt_ids = opened.prompt_ids(conversation, slot, settings.system_prompt)
-    for piece in stream(loaded.model, loaded.tokenizer, prompt_ids, slot=slot, **decoding(settings)):
+    for piece in stream(loaded.model, opened.tokenizer(slot), prompt_ids, slot=slot, **decoding(settings)):
         print(piece, end="", file=results(), flush=True)
     print(file=results(), flush=True)
 
@@ -78,7 +78,7 @@ def _answers(opened: Opened, settings: GenerateSettings, conversations: list[Con
     runs = []
     for number in range(settings.num_return_sequences):
         options["seed"] = settings.seed + number
-        runs.append(generate(loaded.model, loaded.tokenizer, prompts, slot=slot, **options))
+        runs.append(generate(loaded.model, opened.tokenizer(slot), prompts, slot=slot, **options))
     said = [_last_user(conversation) for conversation in conversations]
     return [{"row": i, "prompt": text, "texts": [r[i] for r in runs]} for i, text in enumerate(said)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veneer.cli.output import say
 from veneer.errors import ConfigError
@@ -47,8 +47,14 @@ class Opened:
         from veneer.data.chat import Template
 
         trained = self.system_prompts.get(slot or "")
-        template = Template(self.loaded.tokenizer, trained if system_prompt is None else system_prompt)
+        template = Template(self.tokenizer(slot), trained if system_prompt is None else system_prompt)
         return template.prompt_ids(conversation)
+
+    def tokenizer(self, slot: str | None) -> Any:
+        """The base's, with the tokens that `slot` has added."""
+        from veneer.model.added_tokens import tokenizer_of
+
+        return tokenizer_of(self.loaded, slot)
 
 
 def open_model(settings: BaseSettings, adapters: Mapping[str, str]) -> Opened:

@@ -113,9 +113,16 @@ ADVICE: dict[str, str] = {
     "finetuning_type": "leave it out for lora; for dora write `method` dora",
     "full_finetuning": "the base is never changed; leave it out",
     "loftq_config": "every start leaves the base as it is; see `init_lora_weights`",
-    "modules_to_save": "no layer is trained whole; name it in `target_modules`, or tokens in `trainable_token_indices`",
-    "lora_modules_to_save": "no layer is trained whole; name it in `target_modules`, or tokens in "
-    "`trainable_token_indices`",
+    "modules_to_save": "no layer is trained whole; name it in `target_modules`, tokens in `trainable_token_indices`, "
+    "new ones in `add_tokens`",
+    "lora_modules_to_save": "no layer is trained whole; name it in `target_modules`, tokens in "
+    "`trainable_token_indices`, new ones in `add_tokens`",
+    "additional_target": "no layer is trained whole; name it in `target_modules`, tokens in "
+    "`trainable_token_indices`, new ones in `add_tokens`",
+    "tokens": "write `add_tokens`",
+    "add_special_tokens": "write `add_tokens`: they come back in text, as any other",
+    "resize_vocab": "`add_tokens` brings its own rows; leave it out",
+    "resize_token_embeddings_to_32x": "`add_tokens` brings its own rows; leave it out",
     "ensure_weight_tying": "rows of `trainable_token_indices` are tied where the weight is; leave it out",
     "peft_use_dora": "write `method` dora",
     "peft_use_rslora": "write `use_rslora`",

@@ -69,6 +69,11 @@ class LoraSettings(Settings):
         description="ids of tokens whose rows of the embedding are trained whole (and of the head, where it is tied to "
         'it); or of both: {"embed_tokens": [N], "lm_head": [N]}',
     )
+    add_tokens: Names = Field(
+        default=[],
+        description="words that become tokens, their rows of embedding and head trained: <tool>,</tool>; the adapter "
+        "carries them",
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> LoraSettings:
@@ -268,6 +273,16 @@ class RunConfig(StorageSettings):
     train: TrainSettings = Field(default_factory=TrainSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
     reporting: ReportingSettings = Field(default_factory=ReportingSettings)
+
+    @model_validator(mode="after")
+    def _the_base_can_read_it(self) -> RunConfig:
+        if self.lora.add_tokens and self.train.loss == "dpo":
+            raise PydanticCustomError(
+                "reference",
+                "`add_tokens` does not go with `loss` dpo, whose reference is the base, which cannot read them; teach "
+                "them with `loss` cross_entropy, merge that into the base, and train on pairs from there",
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_that_can_be_skipped(self) -> RunConfig:

@@ -178,6 +178,7 @@ class PreviewSettings(ColumnSettings):
     n: int = Field(default=3, ge=0, description="rows to show")
     max_length: Positive = Field(default=1024, description="longest row in tokens; what is beyond is cut and counted")
     system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")
+    add_tokens: Names = Field(default=[], description="words that become tokens, as for train")
 
 
 class MergeSettings(BaseSettings):

@@ -20,34 +20,42 @@ Progress = Callable[[str], None]
 
 
 def likelihoods_of(
-    loaded: Any, examples: Sequence[Example], slots: Slots, likelihoods: Likelihoods, progress: Progress
+    loaded: Any, examples: Mapping[str, Sequence[Example]], slots: Slots, likelihoods: Likelihoods, progress: Progress
 ) -> dict[str, Sequence[Likelihood]]:
-    """Slot -> the likelihood of each row's answer. Raises ModelError where one is not finite."""
+    """Slot -> the likelihood of each row's answer. Raises ModelError where one is not finite.
+
+    examples: of each slot, in its own tokens.
+    """
     found = {}
     for label, slot in slots.items():
-        progress(f"{label}: loss of {len(examples):,} rows")
-        found[label] = _finite(label, examples, likelihoods(loaded.model, examples, slot))
+        progress(f"{label}: loss of {len(examples[label]):,} rows")
+        found[label] = _finite(label, examples[label], likelihoods(loaded.model, examples[label], slot))
     return found
 
 
 def choices_of(
-    loaded: Any, questions: Sequence[Question], slots: Slots, likelihoods: Likelihoods, progress: Progress
+    loaded: Any, questions: Mapping[str, Sequence[Question]], slots: Slots, likelihoods: Likelihoods, progress: Progress
 ) -> dict[str, list[tuple[float, ...]]]:
     """Slot -> for each question the log-likelihoods of its choices. Raises ModelError where one is not finite."""
-    examples, found = [example for question in questions for example in question.examples], {}
+    found = {}
     for label, slot in slots.items():
-        progress(f"{label}: choices of {len(questions):,} rows")
-        found[label] = loglikelihoods(questions, _finite(label, examples, likelihoods(loaded.model, examples, slot)))
+        examples = [example for question in questions[label] for example in question.examples]
+        progress(f"{label}: choices of {len(questions[label]):,} rows")
+        found[label] = loglikelihoods(
+            questions[label], _finite(label, examples, likelihoods(loaded.model, examples, slot))
+        )
     return found
 
 
 def of_tokens(name: str, found: Mapping[str, Sequence[Likelihood]]) -> Measured:
-    """A metric of LIKELIHOOD, from the likelihoods of each slot."""
-    value = "hits" if name == "token_accuracy" else "nll"
-    statistics = {
-        label: weighted([getattr(one, value) for one in scored], [one.tokens for one in scored])
-        for label, scored in found.items()
-    }
+    """A metric of LIKELIHOOD, from the likelihoods of each slot; nats are per token of the first one."""
+    first = next(iter(found.values()))
+    own: dict[str, tuple[list[float], list[int]]]
+    if name == "token_accuracy":
+        own = {label: ([one.hits for one in scored], [one.tokens for one in scored]) for label, scored in found.items()}
+    else:
+        own = {label: ([one.nll for one in scored], [one.tokens for one in first]) for label, scored in found.items()}
+    statistics = {label: weighted(*columns) for label, columns in own.items()}
     return Measured(LIKELIHOOD[name], statistics)
 
 

@@ -9,6 +9,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from veneer.errors import ConfigError, DataError
+from veneer.model.added_tokens import tokenizer_of
 from veneer.model.generate import end_tokens, generate
 from veneer.model.likelihood import sequence_likelihoods
 
@@ -30,7 +31,12 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, loaded: Any, slot: str | None, batch_size: int = 16) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.slot, self.batch_size = loaded.model, loaded.tokenizer, slot, batch_size
+        self.model, self.tokenizer, self.slot, self.batch_size = (
+            loaded.model,
+            tokenizer_of(loaded, slot),
+            slot,
+            batch_size,
+        )
         self.max_length = getattr(loaded.model.config, "max_position_embeddings", None) or 2048
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer.adapter.card import Adapter, Card
 from veneer.adapter.hub import MODEL_CARD, base_without_folders, is_hub_id, last_part
+from veneer.adapter.peft_vocabulary import ADDED
 from veneer.config import dump_yaml
 from veneer.evaluate.intervals import Score
 from veneer.evaluate.run import Result
@@ -145,8 +146,22 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "{name}")
+{_added(card, base)}model = PeftModel.from_pretrained(model, "{name}")
 ```{note}"""
+
+
+def _added(card: Card, base: str | None) -> str:
+    """The lines of Python that add the adapter's tokens; none where it has none."""
+    if not (told := card.settings.get(ADDED)):
+        return ""
+    texts = json.dumps([text for text, _ in told]).replace("`", "\\u0060")  # would end the block
+    return (
+        "from tokenizers import AddedToken\nfrom transformers import AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
+        f"tokenizer.add_tokens([AddedToken(text, normalized=False) for text in {texts}])\n"
+        "if len(tokenizer) > model.get_input_embeddings().num_embeddings:\n"
+        "    model.resize_token_embeddings(len(tokenizer))\n"
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

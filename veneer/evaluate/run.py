@@ -20,6 +20,7 @@ from veneer.evaluate.choices import Question, read_questions
 from veneer.evaluate.forced import Likelihoods
 from veneer.evaluate.intervals import MEAN, Measured, weighted
 from veneer.evaluate.metrics import CHOICE, LIKELIHOOD
+from veneer.evaluate.reading import check_whole, for_each, reading_note, templates_of
 from veneer.evaluate.result import DIFFERENCES, Result, Sample
 from veneer.model.generate import generate as plain_generate
 from veneer.model.likelihood import sequence_likelihoods
@@ -62,25 +63,32 @@ def evaluate(
     of_text = [name for name in metrics if name not in LIKELIHOOD and name not in CHOICE]
     of_tokens = [name for name in metrics if name in LIKELIHOOD]
     of_choices = [name for name in metrics if name in CHOICE]
-    template = Template(loaded.tokenizer, system_prompt)
+    templates = templates_of(loaded, slots, system_prompt)
+    template = next(iter(templates.values()))
     conversations = _conversations(rows, template, where) if of_text or of_choices else []
     _try(of_text, conversations)
-    prompts = [template.prompt_ids(conv) for conv in conversations] if of_text else []
-    questions = read_questions(rows, conversations, template, max_length, where) if of_choices else []
-    encoded = encode(rows, template, max_length, where) if of_tokens else None
+    prompts = for_each(templates, lambda t: [t.prompt_ids(conv) for conv in conversations]) if of_text else {}
+    asked = (
+        for_each(templates, lambda t: read_questions(rows, conversations, t, max_length, where)) if of_choices else {}
+    )
+    questions = next(iter(asked.values()), [])
+    encoded = for_each(templates, lambda t: encode(rows, t, max_length, where)) if of_tokens else {}
+    check_whole(encoded, max_length, where)
 
     measured: dict[str, Measured] = {}
     if encoded:
-        found = forced.likelihoods_of(loaded, encoded.examples, slots, likelihoods, progress)
+        examples = {label: each.examples for label, each in encoded.items()}
+        found = forced.likelihoods_of(loaded, examples, slots, likelihoods, progress)
         measured |= {name: forced.of_tokens(name, found) for name in of_tokens}
-    given = forced.choices_of(loaded, questions, slots, likelihoods, progress) if questions else {}
+    given = forced.choices_of(loaded, asked, slots, likelihoods, progress) if questions else {}
     by_row = {name: forced.right_choices(name, questions, given) for name in of_choices}
     measured |= {name: Measured(MEAN, {slot: weighted(row) for slot, row in by_row[name].items()}) for name in by_row}
     texts: dict[str, list[str]] = {}
     for label, slot in slots.items() if of_text else ():
-        progress(f"{label}: generating {len(prompts):,} answers")
+        tokenizer, starts = templates[label].tokenizer, prompts[label]
+        progress(f"{label}: generating {len(starts):,} answers")
         texts[label] = generate(
-            loaded.model, loaded.tokenizer, prompts, slot, max_new_tokens, temperature=0.0, batch_size=batch_size
+            loaded.model, tokenizer, starts, slot, max_new_tokens, temperature=0.0, batch_size=batch_size
         )
     for name in of_text:
         by_row[name], measured[name] = _compared(name, texts, [conv.references for conv in conversations])
@@ -101,7 +109,10 @@ def evaluate(
         _samples(conversations, shown, by_row, questions, given) if by_row else (),
         len(rows),
         settings,
-        encoded.notes if encoded else (*template.notes, *reading_notes(rows)),
+        (
+            *(next(iter(encoded.values())).notes if encoded else (*template.notes, *reading_notes(rows))),
+            *(reading_note(templates) if of_tokens else ()),
+        ),
     )
 
 

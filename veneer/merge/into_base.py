@@ -16,6 +16,7 @@ from veneer.adapter.card import Adapter
 from veneer.bases.base import Base
 from veneer.errors import ConfigError, ModelError
 from veneer.methods.base import Method
+from veneer.model.added_tokens import added_by, tokenizer_of
 from veneer.model.load import DTYPES, Loaded, load
 from veneer.model.packed import speaking
 from veneer.model.saving import make_dense
@@ -67,7 +68,8 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     notes = _storage_notes(adapter, loaded)
     make_dense(loaded.model, torch.float32)
     attach(loaded.model, adapter, SLOT)
-    wanted = _logits(loaded.model, SLOT)
+    tokenizer, ids = tokenizer_of(loaded, SLOT), _probe_ids(loaded.model)
+    wanted = _logits(loaded.model, SLOT, ids)
     rounding = {
         path: _rounding(method, base_at(loaded.model, path), chosen)
         for path, method in methods_of(loaded.model, SLOT).items()
@@ -75,7 +77,7 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     merge_into(loaded.model, SLOT)
     detach(loaded.model)
     loaded.model.to(chosen)
-    got = _write(folder, loaded.model, loaded.tokenizer, chosen)
+    got = _write(folder, loaded.model, tokenizer, chosen, ids)
     return _report(folder, chosen, rounding, wanted, got, notes)
 
 
@@ -93,9 +95,15 @@ def _dtype(model: nn.Module, dtype: str) -> torch.dtype:
     return model.veneer_stored_dtype if dtype == "auto" else DTYPES[dtype]
 
 
+def _probe_ids(model: nn.Module) -> Tensor:
+    """Of the tokens that the adapter has added the first, then others all over the base's vocabulary."""
+    spread = [(11 * i * i + 5) % text_config(model).vocab_size for i in range(PROBE_TOKENS)]
+    added = list(added_by(model, SLOT).values())[: PROBE_TOKENS // 2]
+    return torch.tensor([[*added, *spread][:PROBE_TOKENS]])
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, slot: str | None) -> Tensor:
-    ids = torch.tensor([[(11 * i * i + 5) % text_config(model).vocab_size for i in range(PROBE_TOKENS)]])
+def _logits(model: nn.Module, slot: str | None, ids: Tensor) -> Tensor:
     if slot is None:
         return model(input_ids=ids).logits.float()
     with speaking(model, slot):
@@ -109,14 +117,14 @@ def _rounding(method: Method, base: Base, dtype: torch.dtype) -> tuple[float, fl
     return error, method.update_norm(base)
 
 
-def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> Tensor:
+def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype, ids: Tensor) -> Tensor:
     """Writes the model folder, whole or not at all; returns the logits of what plain transformers reads back."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        got = _logits(type(model).from_pretrained(partial, dtype=dtype), None)
+        got = _logits(type(model).from_pretrained(partial, dtype=dtype), None, ids)
         if not torch.isfinite(got).all():
             raise ModelError("the merged model gives logits that are not finite; nothing was written, keep the adapter")
         if folder.exists():

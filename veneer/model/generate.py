@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from veneer.bases.kept import decoded
 from veneer.errors import DataError
+from veneer.model.added_tokens import added_by, has_added
 from veneer.model.packed import speaking
 
 
@@ -36,6 +37,7 @@ def generate(
     temperature 0 takes the likeliest token. Prompts of like length share a batch; results are in the prompts' order.
     """
     _check_prompts(prompts)
+    _check_known(model, prompts, slot)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -64,6 +66,7 @@ def stream(
 ) -> Iterator[str]:
     """The same text as `generate`, piece by piece; a piece never ends inside a character."""
     _check_prompts([prompt_ids])
+    _check_known(model, [prompt_ids], slot)
     ids: list[int] = []
     said = ""
     with decoded(model):
@@ -83,6 +86,19 @@ def _check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     if empty:
         raise DataError(
             f"empty prompts cannot be continued: number {', '.join(map(str, empty[:5]))}; each needs at least one token"
+        )
+
+
+def _check_known(model: Any, prompts: Sequence[Sequence[int]], slot: str | None) -> None:
+    """Where some slot has added tokens, another may be given a text in them; what it says to that would be noise."""
+    if not has_added(model):
+        return
+    last = max([len(model.get_input_embeddings().weight) - 1, *added_by(model, slot).values()])
+    strange = [number for number, prompt in enumerate(prompts, start=1) if max(prompt) > last]
+    if strange:
+        raise DataError(
+            f"prompts with tokens that {slot or 'the base'} does not have: number {', '.join(map(str, strange[:5]))}; "
+            "next: encode them by the tokenizer of who answers (veneer.model.added_tokens.tokenizer_of)"
         )
 
 

@@ -72,7 +72,7 @@ def load(
         prepare(model)
         model.to(place)
     model.veneer_source, model.veneer_stored_dtype = source, _stored_dtype(source)
-    model.veneer_fingerprint = _fingerprint(source, model, tokenizer)
+    model.veneer_fingerprint, model.veneer_tokenizer = _fingerprint(source, model, tokenizer), tokenizer
     if check:
         probe(model)
     return Loaded(model, tokenizer, model.veneer_fingerprint, name, str(way))

@@ -27,6 +27,7 @@ from veneer.model.unread import Unread
 from veneer.model.varlen import varlen_of
 
 if TYPE_CHECKING:
+    from veneer.model.added_tokens import Extended
     from veneer.model.leaf import Leaf
 
 
@@ -36,6 +37,7 @@ class Wiring:
     def __init__(self) -> None:
         self.stream: Stream | None = None
         self.slots: list[str] = []  # in the order of attaching
+        self.extended: dict[str | None, Extended] = {}  # by slot, of those that have added tokens
         self.waiting = Waiting()
         self.whole: str | None = None  # the one slot that speaks over all rows of the stream; None: none, or several
         self.thin: tuple | None = None  # x and its thin products, while siblings are traced: see veneer.model.traced

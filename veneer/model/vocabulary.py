@@ -1,14 +1,19 @@
 """The two ends of a model, token embedding and vocabulary head, as leaves: where they are, and what slots add there.
 
-Legend: T tokens, M rows of the stream that have a target, V vocabulary, D hidden size.
+Legend: T tokens, M rows of the stream that have a target, V vocabulary, B ids beyond it, W = V + B, D hidden size.
 
 Both look a token up in one table (V, D), and in many models it is the same one (tied). An embedding is not multiplied,
 so an update of it is looked up too: column t of A, then B. The head is not run by the packed forward, the losses ask it
 for the logits of some rows; so it is told which they are, to know who speaks there.
+
+Rows of added tokens may lie beyond the table (W ids, of which the first V have a row in it). The table does not grow:
+where a slot with such rows speaks, the head has W logits, -inf where nobody who speaks has the token; where none does
+it has the base's V, to the bit. An embedding of a token that its speaker does not have is NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,25 +41,53 @@ class EmbeddingLeaf(Leaf):
         embedding.weight = None  # the base has it now
         self._embedding = (embedding,)  # what stood here, to stand here again; hidden from torch
 
+    def put(self, weight: Tensor) -> None:
+        _put(self, weight)
+
     def original(self) -> nn.Module:
         """The embedding that this leaf stands for, holding the same weight."""
         [embedding] = self._embedding
         embedding.weight = self.base.weight
+        embedding.num_embeddings = len(embedding.weight)
         return embedding.to(self.base.device)
 
     def forward(self, ids: Tensor) -> Tensor:
         ids_T = ids.reshape(-1)
-        y_TD = F.embedding(ids_T, self.base.weight)
+        y_TD, strange_T = self._looked_up(ids_T)
         parts = []
         for span in self.spans(len(ids_T)):
             here = slice(span.start, span.stop)
-            delta = _embedded(self.slots[span.slot], ids_T[here], y_TD[here]) * span.weight
+            method = self.slots[span.slot]
+            delta = _embedded(method, ids_T[here], y_TD[here]) * span.weight
             parts.append(F.pad(delta, (0, 0, span.start, len(ids_T) - span.stop)))
+            if strange_T is not None and isinstance(method, TokenRows):
+                strange_T[here] &= method.places(ids_T[here]) < 0
         if parts:
             y_TD = y_TD + torch.stack(parts).sum(0)
+        if strange_T is not None:
+            y_TD = y_TD.masked_fill(strange_T[:, None], math.nan)
         if self.multiplier is not None:
             y_TD = y_TD * self.multiplier.to(y_TD.dtype)
         return y_TD.view(*ids.shape, self.out_features)
+
+    def _looked_up(self, ids_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The base's rows (T, D), and which tokens have none; None where no slot has tokens beyond the table."""
+        if not any(_beyond(method, self.base.weight) for method in self.slots.values()):
+            return F.embedding(ids_T, self.base.weight), None
+        strange_T = ids_T >= len(self.base.weight)
+        y_TD = F.embedding(ids_T.masked_fill(strange_T, 0), self.base.weight)
+        return y_TD.masked_fill(strange_T[:, None], 0.0), strange_T
+
+
+def _beyond(method: nn.Module, weight_VD: Tensor) -> int:
+    """How many ids a method has beyond the table."""
+    return method.vocabulary - len(weight_VD) if isinstance(method, TokenRows) else 0
+
+
+def _put(leaf: Leaf, weight_OI: Tensor) -> None:
+    """`Leaf.put` for a table that may have more rows than the leaf's."""
+    base = leaf.base
+    leaf.base = base.from_weight(weight_OI.detach().to(base.device, base.dtype, copy=True), base.bias)
 
 
 def _embedded(method: Method, ids_T: Tensor, y_TD: Tensor) -> Tensor:
@@ -79,6 +112,9 @@ class HeadLeaf(Leaf):
         else:
             super().register_parameter(name, param)
 
+    def put(self, weight: Tensor) -> None:
+        _put(self, weight)
+
     def tie(self, embedding: EmbeddingLeaf) -> None:
         self._tied = (embedding,)  # hidden from torch: it has a place of its own
 
@@ -97,14 +133,16 @@ class HeadLeaf(Leaf):
         return [(span, method) for span in spans for method in self.methods(span.slot)]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        logits_MW = self.logits(x.reshape(-1, self.in_features))
+        return logits_MW.view(*x.shape[:-1], logits_MW.shape[1])
 
     def logits(self, x_MD: Tensor, rows_M: Tensor | None = None) -> Tensor:
-        """(M, V) of hidden states that stand at rows_M of the running stream (None: all of it, or none runs)."""
+        """(M, W) of hidden states that stand at rows_M of the running stream (None: all of it, or none runs)."""
         rows_M = self._all_rows(len(x_MD)) if rows_M is None else rows_M
-        out_MV = y_MV = self.base.linear(x_MD)
+        y_MV, speakers = self.base.linear(x_MD), self.speakers()
         bare_MV = y_MV if self.bias is None else y_MV - self.bias.to(y_MV.dtype)
-        for span, method in self.speakers():
+        out_MW = self._widened(y_MV, speakers, rows_M)
+        for span, method in speakers:
             here = self._inside(span, rows_M)
             x_here, bare = (x_MD, bare_MV) if here is None else (x_MD[here], bare_MV[here])
             if self._drops(span, method):
@@ -112,8 +150,22 @@ class HeadLeaf(Leaf):
                     x_MD, span, method, rows_M if here is None or rows_M is None else rows_M[here]
                 )
             delta = method.delta(x_here, bare, self.base) * span.weight
-            out_MV = out_MV + delta if here is None else out_MV.index_add(0, here, delta)
-        return out_MV
+            delta = F.pad(delta, (0, out_MW.shape[1] - delta.shape[1]))
+            out_MW = out_MW + delta if here is None else out_MW.index_add(0, here, delta)
+        return out_MW
+
+    def _widened(self, y_MV: Tensor, speakers: Sequence[tuple[Span, Method]], rows_M: Tensor | None) -> Tensor:
+        """The base's logits and those of tokens beyond the table (M, W): 0 where who speaks has the token, else -inf"""
+        more = max((_beyond(method, self.base.weight) for _, method in speakers), default=0)
+        if not more:
+            return y_MV
+        silent_MB = y_MV.new_ones(len(y_MV), more, dtype=torch.bool)
+        for span, method in speakers:
+            if own := _beyond(method, self.base.weight):
+                assert isinstance(method, TokenRows)
+                here = self._inside(span, rows_M)
+                silent_MB[slice(None) if here is None else here, :own] &= method.place_V[-own:] < 0
+        return torch.cat([y_MV, torch.zeros_like(y_MV[:, :1]).expand(-1, more).masked_fill(silent_MB, -math.inf)], 1)
 
     def _all_rows(self, rows: int) -> Tensor | None:
         stream = self.wiring.stream

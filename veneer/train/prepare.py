@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import RunConfig
 from veneer.errors import ConfigError
+from veneer.model.added_tokens import extended
 from veneer.model.load import Loaded, load, load_tokenizer
 from veneer.model.quantised import Way, check_way
 from veneer.train.allocator import growing_segments, keep_freed_memory
@@ -51,7 +52,8 @@ def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progr
     if config.train.optimizer_in_bwd and ranks.world > 1:
         raise ConfigError("--optimizer-in-bwd updates before gradients could be summed over processes; leave it out")
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
-    data = read_data(config, tokenizer)  # before the weights: a fault in the data shows at once
+    known = extended(tokenizer, config.lora.add_tokens).tokenizer if config.lora.add_tokens else tokenizer
+    data = read_data(config, known)  # before the weights: a fault in the data shows at once
     dtype, device = _place(config)
     loaded = loaded or load(
         config.base_model, dtype, device, tokenizer=tokenizer, storage=config.storage, progress=progress
