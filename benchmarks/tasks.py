@@ -37,7 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "toolcall": {
         "files": ("toolcall/conversations.jsonl", None),
-        "train": {"num_train_epochs": 2},
+        "train": {"num_train_epochs": 1},
         "eval": {"metrics": "loss,token_accuracy"},
     },
     "geoquery": {
@@ -87,11 +87,28 @@ def files(names: tuple[str, str | None], where: Path) -> tuple[Path, Path]:
     train, test = names
     if test is not None:
         return DATA / train, DATA / test
-    lines = (DATA / train).read_text(encoding="utf-8").splitlines()
+    lines = [json.dumps(spelled(json.loads(line))) for line in (DATA / train).read_text(encoding="utf-8").splitlines()]
     made = where / "train.jsonl", where / "test.jsonl"
     for path, part in zip(made, (lines[:-HELD_OUT], lines[-HELD_OUT:]), strict=True):
         path.write_text("\n".join(part), encoding="utf-8")
     return made
+
+
+def spelled(row: dict[str, Any]) -> dict[str, Any]:
+    """Tools, calls and their results as text: SmolLM2's chat template leaves them out, which `veneer train` refuses."""
+    said = [(turn["role"], turn["content"]) for turn in row["messages"]]
+    forms = {
+        "tool_call": ("assistant", "<tool_call>{}</tool_call>"),
+        "tool": ("user", "<tool_response>{}</tool_response>"),
+    }
+    turns = []
+    for role, text in said:
+        role, form = forms.get(role, (role, "{}"))
+        turns.append({"role": role, "content": form.format(text)})
+    if json.loads(row["tools"]):
+        told = f"Answer with <tool_call> and JSON to call one of these functions: {row['tools']}"
+        turns = [{"role": "system", "content": told}, *(turn for turn in turns if turn["role"] != "system")]
+    return {"messages": turns}
 
 
 def _veneer(verb: str, **options: Any) -> dict[str, Any]:
