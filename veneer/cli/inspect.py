@@ -20,17 +20,12 @@ COMMAND = Command(
     positional="adapters",
     example="veneer inspect out/skill --base-model smollm2 --target vllm",
 )
-_PAIR = {
-    "norm ratio": "norm_ratio",
-    "cosine": "cosine",
-    "writes": "output",
-    "by chance": "output_chance",
-    "reads": "input",
-    "by chance ": "input_chance",
-    "sign conflict": "sign_conflict",
-    "weighted": "sign_conflict_weighted",
-    "interference": "interference_share",
-}
+_PAIR = ("norm_ratio", "cosine", "output", "input", "sign_conflict_weighted", "interference_share")
+_HEADS = ("norms", "cosine", "outputs", "inputs", "signs", "interf.")
+_LEGEND = (
+    "norms: of the first over the second; outputs, inputs: shared part of the spaces / by chance; signs: conflict, "
+    "weighted, above chance; interf.: singular task interference, 1 for an adapter beside itself"
+)
 _EXTREMES = {
     "closest": "the closest pairs (cosine)",
     "conflicting": "the most conflicting pairs (weighted signs)",
@@ -97,7 +92,7 @@ def _print_adapter(one: Inspected, rank: int, json: bool) -> None:
     if one.whole is None:
         return
     beside = kinds_beside_base(one)
-    columns = ["layers", "number", "rank", "norm", "effective rank", "first", "90 %", "99 %", f"kept at {rank}"]
+    columns = ["layers", "n", "rank", "norm", "eff. rank", "first", "90 %", "99 %", f"kept at {rank}"]
     columns += ["ΔW/W", "largest", "intruders"] if beside else []
     rows = [
         [
@@ -134,15 +129,23 @@ def _print_pairs(found: Inspection, json: bool) -> None:
             _print_pair_table(_EXTREMES[kind], found, those, json)
     elif found.pairs:
         _print_pair_table("pairs", found, found.pairs, json)
+    if found.pairs:
+        say(_LEGEND)
 
 
 def _print_pair_table(title: str, found: Inspection, those: Sequence[Pair], json: bool) -> None:
     names = [one.name for one in found.adapters]
     rows = [
-        [f"{names[pair.first]} : {names[pair.second]}", *(getattr(pair, measure) for measure in _PAIR.values())]
-        for pair in those
+        [f"{names[pair.first]} : {names[pair.second]}", *(_cell(pair, measure) for measure in _PAIR)] for pair in those
     ]
-    print_table(title, ["pair", *_PAIR], rows, json=json)
+    print_table(title, ["pair", *_HEADS], rows, json=json)
+
+
+def _cell(pair: Pair, measure: str) -> str:
+    value, chance = getattr(pair, measure), getattr(pair, f"{measure}_chance", None)
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if chance is None else f"{value:.2f} / {chance:.2f}"
 
 
 def _together(found: Inspection) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from veneer.adapter.faults import add_fault
 from veneer.errors import AdapterError, NotMergeable, WrongBaseError, listed
 from veneer.measure import layers
 from veneer.measure.beside_base import OnBase, on_base
-from veneer.measure.pairs import Pair, pairs
+from veneer.measure.figures import measure
+from veneer.measure.pairs import Pair
 from veneer.measure.servers.server import Verdict, check
 from veneer.measure.servers.table import server_named
 from veneer.measure.servers.traits import PeftFiles
-from veneer.measure.together import Together, together
+from veneer.measure.together import Together
 from veneer.merge.parents import check_parents
 
 FEW = 8  # adapters of which every pair is told
@@ -131,17 +132,18 @@ def inspect(
     adapters = [Adapter.load(folder) for folder in folders]
     _check_shapes(folders, adapters)
     wanted = rank or max([*(rank for one in adapters for rank in one.card.ranks.values()), 1])
-    found = []
-    for name, folder, adapter in zip(_names(folders), folders, adapters, strict=True):
-        base = on_base(adapter, model, progress) if model is not None else None
-        verdict = _verdict(folder, target, rank, model) if target else None
-        found.append(_inspected(name, folder, adapter, wanted, base, verdict, progress))
-    several = len(adapters) > 1
+    verdicts = [_verdict(folder, target, rank, model) if target else None for folder in folders]
+    bases = [on_base(adapter, model, progress) if model is not None else None for adapter in adapters]
+    figures = measure(adapters, wanted, progress)
+    found = [
+        _inspected(*each)
+        for each in zip(_names(folders), folders, adapters, figures.updates, bases, verdicts, strict=True)
+    ]
     return Inspection(
         rank=wanted,
         adapters=tuple(found),
-        pairs=tuple(pairs(adapters, progress)) if several else (),
-        together=together(adapters, wanted, progress) if several else None,
+        pairs=tuple(figures.pairs),
+        together=figures.together,
         notes=tuple(_notes(adapters, found, target, model)),
     )
 
@@ -150,12 +152,11 @@ def _inspected(
     name: str,
     folder: str,
     adapter: Adapter,
-    wanted: int,
+    updates: dict[str, layers.Update],
     base: OnBase | None,
     verdict: Verdict | None,
-    progress: bool,
 ) -> Inspected:
-    updates, modules = layers.updates(adapter, wanted, progress), adapter.modules()
+    modules = adapter.modules()
     return Inspected(
         name=name,
         folder=str(folder),

@@ -15,7 +15,6 @@ from torch import Tensor
 from veneer.adapter.card import Adapter
 from veneer.adapter.experts import parameter_of
 from veneer.lowrank import NEGLIGIBLE, svd
-from veneer.model.progress import shown
 
 MOST, NEARLY_ALL = 0.9, 0.99  # of ‖ΔW‖²
 
@@ -87,15 +86,6 @@ def update(rank: int, s_K: Tensor, wanted: int) -> Update:
         directions_99=_needed(share_K, NEARLY_ALL),
         kept=min(1.0, float(share_K[min(wanted, len(share_K)) - 1])),
     )
-
-
-def updates(adapter: Adapter, wanted: int, progress: bool = False) -> dict[str, Update]:
-    """Module path -> figures, in the order of the layers."""
-    found = {}
-    for module in shown(adapter.modules(), "layers", progress):
-        a_RI, b_OR = adapter.factors(module)
-        found[module] = update(len(a_RI), directions(a_RI, b_OR).s, wanted)
-    return found
 
 
 def summary(adapter: Adapter, found: Mapping[str, Update], modules: Sequence[str]) -> Summary:

@@ -10,15 +10,13 @@ block of rows at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from veneer.adapter.card import Adapter
-from veneer.measure.layers import Directions, directions
-from veneer.model.progress import shown
+from veneer.measure.layers import Directions
 
 ROWS = 64  # of each update whose signs are compared: 0.4987 where all rows gave 0.4983
 _BLOCK = 2**22  # entries of a Gram matrix at a time
@@ -53,34 +51,56 @@ class Pair:
 
 
 @dataclass
-class _Sums:
-    """Of all layers so far, (N, N); of pairs i < j alone what is not symmetric by nature."""
+class Pairs:
+    """Every pair of `count` adapters, gathered layer by layer."""
 
     count: int
-    held: dict[str, Tensor] = field(default_factory=dict)
+    _held: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, rows: Sequence[int], columns: Sequence[int], values: Tensor) -> None:
-        total = self.held.setdefault(name, torch.zeros(self.count, self.count, dtype=torch.float64))
+    def add(self, found: Mapping[int, Directions], factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """One layer. found, factors: place of an adapter that has it -> its update; all of one shape."""
+        places = list(found)
+        sizes = torch.tensor([[float(one.s.square().sum())] for one in found.values()])
+        self._sum("energy", places, [0], sizes)
+        if len(places) > 1:
+            _spaces(self._sum, places, list(found.values()))
+            _signs(self._sum, places, list(factors.values()))
+
+    def pairs(self) -> list[Pair]:
+        """Of all layers added."""
+        return [self._pair(i, j) for i in range(self.count) for j in range(i + 1, self.count)]
+
+    def _sum(self, name: str, rows: Sequence[int], columns: Sequence[int], values: Tensor) -> None:
+        total = self._held.setdefault(name, torch.zeros(self.count, self.count, dtype=torch.float64))
         total[torch.tensor(rows)[:, None], torch.tensor(columns)] += values.double()
 
+    def _pair(self, i: int, j: int) -> Pair:
+        at = {name: float(total[i, j]) for name, total in self._held.items()}
+        if not at.get("layers"):
+            return Pair(i, j, 0)
+        norms = [math.sqrt(self._held["energy"][place, 0]) for place in (i, j)]
+        mean = {name: at[name] / at["layers"] for name in ("output", "input", "output_chance", "input_chance")}
+        return Pair(
+            first=i,
+            second=j,
+            layers=int(at["layers"]),
+            norm_ratio=norms[0] / norms[1] if norms[1] else None,
+            cosine=max(-1.0, min(1.0, _over(at["inner"], norms[0] * norms[1]))),
+            output=min(1.0, mean["output"]),
+            output_chance=mean["output_chance"],
+            input=min(1.0, mean["input"]),
+            input_chance=mean["input_chance"],
+            sign_conflict=-_over(at["agreed"], 2 * at["signed"]),
+            sign_conflict_weighted=-_over(at["products"], 2 * at["sizes"]),
+            interference=at["interference"] / at["layers"],
+            interference_share=_over(at["interference"], at["singular"]),
+        )
 
-def pairs(adapters: Sequence[Adapter], progress: bool = False) -> list[Pair]:
-    """Every pair of two or more adapters whose layers of one name are of one shape."""
-    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.modules()))
-    sums, energy = _Sums(len(adapters)), [0.0] * len(adapters)
-    for module in shown(modules, "pairs", progress):
-        places = [i for i, adapter in enumerate(adapters) if f"{module}.a" in adapter.tensors]
-        factors = [adapters[i].factors(module) for i in places]
-        found = [directions(a_RI, b_OR) for a_RI, b_OR in factors]
-        for place, one in zip(places, found, strict=True):
-            energy[place] += float(one.s.square().sum())
-        if len(places) > 1:
-            _spaces(sums, places, found)
-            _signs(sums, places, factors)
-    return [_pair(sums, energy, i, j) for i in range(len(adapters)) for j in range(i + 1, len(adapters))]
+
+Add = Callable[[str, Sequence[int], Sequence[int], Tensor], None]
 
 
-def _spaces(sums: _Sums, places: Sequence[int], found: Sequence[Directions]) -> None:
+def _spaces(add: Add, places: Sequence[int], found: Sequence[Directions]) -> None:
     """What the singular vectors of one layer tell, added to the sums."""
     most = max(1, *(len(one.s) for one in found))
     u_OnK, v_InK = (_beside([getattr(one, side) for one in found], most) for side in "uv")
@@ -94,14 +114,14 @@ def _spaces(sums: _Sums, places: Sequence[int], found: Sequence[Directions]) -> 
         fewer = torch.minimum(kept_n[rows, None], kept_n[None, later]).clamp(min=1)
         larger = torch.maximum(kept_n[rows, None], kept_n[None, later])
         here, there = places[rows], places[later]
-        sums.add("layers", here, there, torch.ones(len(here), len(there)))
-        sums.add("inner", here, there, (u_ijKK * v_ijKK * s_i[..., None] * s_j[..., None, :]).sum((2, 3)))
-        sums.add("output", here, there, u_ijKK.square().sum((2, 3)) / fewer)
-        sums.add("input", here, there, v_ijKK.square().sum((2, 3)) / fewer)
-        sums.add("output_chance", here, there, larger / sizes[0])
-        sums.add("input_chance", here, there, larger / sizes[1])
-        sums.add("interference", here, there, _interference(u_ijKK, v_ijKK, s_i, s_j))
-        sums.add("singular", here, there, s_i.sum(2) + s_j.sum(2))
+        add("layers", here, there, torch.ones(len(here), len(there)))
+        add("inner", here, there, (u_ijKK * v_ijKK * s_i[..., None] * s_j[..., None, :]).sum((2, 3)))
+        add("output", here, there, u_ijKK.square().sum((2, 3)) / fewer)
+        add("input", here, there, v_ijKK.square().sum((2, 3)) / fewer)
+        add("output_chance", here, there, larger / sizes[0])
+        add("input_chance", here, there, larger / sizes[1])
+        add("interference", here, there, _interference(u_ijKK, v_ijKK, s_i, s_j))
+        add("singular", here, there, s_i.sum(2) + s_j.sum(2))
 
 
 def _interference(u_ijKK: Tensor, v_ijKK: Tensor, s_i: Tensor, s_j: Tensor) -> Tensor:
@@ -111,40 +131,17 @@ def _interference(u_ijKK: Tensor, v_ijKK: Tensor, s_i: Tensor, s_j: Tensor) -> T
     return first.abs().sum((2, 3)) + second.abs().sum((2, 3))
 
 
-def _signs(sums: _Sums, places: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _signs(add: Add, places: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Of sampled rows of the updates, the same ones of all: sums of products, of their sizes, and of their signs."""
     outputs, inputs = len(factors[0][1]), factors[0][0].shape[1]
     sample = torch.randperm(outputs, generator=torch.Generator().manual_seed(0))[:ROWS]
     for rows in sample.split(max(1, _BLOCK // (inputs * len(factors)))):
         x_nE = torch.stack([(b_OR[rows] @ a_RI).flatten() for a_RI, b_OR in factors])
         size_nE, sign_nE = x_nE.abs(), x_nE.sign()
-        sums.add("products", places, places, x_nE @ x_nE.mT)
-        sums.add("sizes", places, places, size_nE @ size_nE.mT)
-        sums.add("agreed", places, places, sign_nE @ sign_nE.mT)
-        sums.add("signed", places, places, sign_nE.abs() @ sign_nE.abs().mT)
-
-
-def _pair(sums: _Sums, energy: Sequence[float], i: int, j: int) -> Pair:
-    at = {name: float(total[i, j]) for name, total in sums.held.items()}
-    if not at.get("layers"):
-        return Pair(i, j, 0)
-    norms = math.sqrt(energy[i]), math.sqrt(energy[j])
-    mean = {name: at[name] / at["layers"] for name in ("output", "input", "output_chance", "input_chance")}
-    return Pair(
-        first=i,
-        second=j,
-        layers=int(at["layers"]),
-        norm_ratio=norms[0] / norms[1] if norms[1] else None,
-        cosine=max(-1.0, min(1.0, _over(at["inner"], norms[0] * norms[1]))),
-        output=min(1.0, mean["output"]),
-        output_chance=mean["output_chance"],
-        input=min(1.0, mean["input"]),
-        input_chance=mean["input_chance"],
-        sign_conflict=-_over(at["agreed"], 2 * at["signed"]),
-        sign_conflict_weighted=-_over(at["products"], 2 * at["sizes"]),
-        interference=at["interference"] / at["layers"],
-        interference_share=_over(at["interference"], at["singular"]),
-    )
+        add("products", places, places, x_nE @ x_nE.mT)
+        add("sizes", places, places, size_nE @ size_nE.mT)
+        add("agreed", places, places, sign_nE @ sign_nE.mT)
+        add("signed", places, places, sign_nE.abs() @ sign_nE.abs().mT)
 
 
 def _over(part: float, whole: float) -> float:

@@ -6,15 +6,14 @@ Legend: K directions, O out, I in.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from veneer.adapter.card import Adapter
 from veneer.lowrank import concatenate
-from veneer.measure.layers import directions
-from veneer.model.progress import shown
+from veneer.measure.layers import Directions, directions
 
 SPANNED = 0.95  # of the squared norm of the sum: the directions that an adapter is held against
 
@@ -35,35 +34,35 @@ class Together:
     alignment: tuple[float | None, ...]
 
 
-def together(adapters: Sequence[Adapter], rank: int, progress: bool = False) -> Together:
-    """Of two or more adapters whose layers of one name are of one shape."""
-    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.modules()))
-    energy, kept = {}, {}
-    ratios: list[list[float]] = [[] for _ in adapters]
-    for module in shown(modules, "sum of all", progress):
-        held = {i: one.factors(module) for i, one in enumerate(adapters) if f"{module}.a" in one.tensors}
-        total = directions(*concatenate(list(held.values())))
+@dataclass
+class Sum:
+    """The sum of `count` adapters, tried layer by layer."""
+
+    count: int
+    rank: int
+    _energy: dict[str, float] = field(default_factory=dict)
+    _kept: dict[str, float] = field(default_factory=dict)
+    _ratios: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, module: str, found: Mapping[int, Directions], factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """One layer. found, factors: place of an adapter that has it -> its update; all of one shape."""
+        total = directions(*concatenate(list(factors.values())))
         energy_K = total.s.square()
-        energy[module] = float(energy_K.sum())
-        kept[module] = float(energy_K[:rank].sum())
-        short_K = energy_K.cumsum(0) < SPANNED * energy[module]
+        self._energy[module] = float(energy_K.sum())
+        self._kept[module] = float(energy_K[: self.rank].sum())
+        short_K = energy_K.cumsum(0) < SPANNED * self._energy[module]
         u_OK = total.u[:, : int(short_K.sum()) + 1]
-        for i, (a_RI, b_OR) in held.items():
-            own = directions(a_RI, b_OR)
+        for place, own in found.items():
             if len(own.s):
-                ratios[i].append(_ratio(torch.linalg.norm(u_OK.mT @ (own.u * own.s)), torch.linalg.norm(own.s)))
-    return Together(
-        rank=rank,
-        kept=_share(kept, energy),
-        kept_by_layer={module: kept[module] / energy[module] if energy[module] else 1.0 for module in modules},
-        alignment=tuple(math.fsum(found) / len(found) if found else None for found in ratios),
-    )
+                ratio = torch.linalg.norm(u_OK.mT @ (own.u * own.s)) / torch.linalg.norm(own.s)
+                self._ratios.setdefault(place, []).append(min(1.0, float(ratio)))
 
-
-def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
-    return min(1.0, float(part / whole))
-
-
-def _share(kept: Mapping[str, float], energy: Mapping[str, float]) -> float:
-    whole = math.fsum(energy.values())
-    return math.fsum(kept.values()) / whole if whole else 1.0
+    def together(self) -> Together:
+        """Of all layers added."""
+        whole, ratios = math.fsum(self._energy.values()), [self._ratios.get(i) for i in range(self.count)]
+        return Together(
+            rank=self.rank,
+            kept=math.fsum(self._kept.values()) / whole if whole else 1.0,
+            kept_by_layer={m: self._kept[m] / energy if energy else 1.0 for m, energy in self._energy.items()},
+            alignment=tuple(math.fsum(found) / len(found) if found else None for found in ratios),
+        )
