@@ -5,6 +5,7 @@ Legend: E experts, I in, O out.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,14 @@ from torch import Tensor, nn
 
 from veneer.adapter.attach import attach, detach, methods_of
 from veneer.adapter.card import Adapter
-from veneer.adapter.verify import check_base
 from veneer.bases.base import Base
 from veneer.errors import NotMergeable
 from veneer.measure.intruders import intruders
 from veneer.methods.base import Method
-from veneer.model import fingerprint as fingerprints
 from veneer.model.progress import shown
 from veneer.model.swap import base_at
 from veneer.model.vocabulary import embedding_path, head_path
+from veneer.notes import Note
 
 SLOT = "inspected"
 
@@ -41,10 +41,9 @@ class OnBase:
 
 def on_base(adapter: Adapter, model: nn.Module, progress: bool = False) -> OnBase:
     """The model is as it was afterwards. Raises WrongBaseError where the adapter does not belong on it."""
-    notes = check_base(adapter, model, fingerprints.of(model))
     ends = (embedding_path(model), head_path(model))
     ratios, found = {}, {}
-    attach(model, adapter, SLOT)
+    notes = _attached(model, adapter)
     try:
         methods = methods_of(model, SLOT)
         for path in shown(list(methods), "beside the base", progress):
@@ -55,7 +54,18 @@ def on_base(adapter: Adapter, model: nn.Module, progress: bool = False) -> OnBas
                 found[path] = counted
     finally:
         detach(model, SLOT)
-    return OnBase(tuple(notes), ratios, found)
+    return OnBase(notes, ratios, found)
+
+
+def _attached(model: nn.Module, adapter: Adapter) -> tuple[str, ...]:
+    """What `attach` tells, which is for the figures and not for the person as well; other warnings go on."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", Note)
+        attach(model, adapter, SLOT)
+    for one in told:
+        if not issubclass(one.category, Note):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return tuple(str(one.message) for one in told if issubclass(one.category, Note))
 
 
 @torch.no_grad()
