@@ -91,20 +91,20 @@ def _print_adapter(one: Inspected, rank: int, json: bool) -> None:
     print_facts(one.folder, facts, json=json)
     if one.whole is None:
         return
-    beside = kinds_beside_base(one)
     columns = ["layers", "n", "rank", "norm", "eff. rank", "first", "90 %", "99 %", f"kept at {rank}"]
-    columns += ["ΔW/W", "largest", "intruders"] if beside else []
     rows = [
         [
             kind,
             each.layers,
             str(each.rank_to) if each.rank_from == each.rank_to else f"{each.rank_from}-{each.rank_to}",
             *(each.norm, each.effective_rank, each.first, each.directions_90, each.directions_99, each.kept),
-            *(beside.get(kind, (None, None, None)) if beside else ()),
         ]
         for kind, each in {**one.kinds, "all": one.whole}.items()
     ]
     print_table(f"{one.name}: updates by kind of layer", columns, rows, json=json)
+    if beside := kinds_beside_base(one):
+        heads = ["layers", "median ΔW/W", "largest", "intruders"]
+        print_table(f"{one.name} beside its base", heads, [[kind, *told] for kind, told in beside.items()], json=json)
 
 
 def _print_adapters(found: Inspection, json: bool) -> None:

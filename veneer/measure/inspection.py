@@ -224,11 +224,11 @@ def _more(one: Inspected) -> bool:
 
 
 def kinds_beside_base(one: Inspected) -> Mapping[str, tuple[float, float, int | None]]:
-    """Kind of layer -> median and largest ‖ΔW‖ / ‖W‖, and how many intruders (None where they were not counted)."""
+    """Kind of layer, and all -> median and largest ‖ΔW‖ / ‖W‖, and how many intruders (None: not counted)."""
     if one.base is None:
         return {}
     told = {}
-    for kind, paths in layers.by_kind(one.base.ratios).items():
+    for kind, paths in {**layers.by_kind(one.base.ratios), "all": list(one.base.ratios)}.items():
         ratios = [one.base.ratios[path] for path in paths]
         counted = [one.base.intruders[path] for path in paths if path in one.base.intruders]
         told[kind] = (layers.median(ratios), max(ratios), sum(counted) if counted else None)
