@@ -1,9 +1,16 @@
-"""Adapters measured layer by layer, each alone and all beside each other, with one decomposition of every update."""
+"""Adapters measured layer by layer, each alone and all beside each other, with one decomposition of every update.
+
+With a thread of arithmetic each, as in merging (`veneer.merge.apply`): torch's own threads gain little at these shapes,
+and where another process holds a core they cost tens of times the work.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import torch
 
 from veneer.adapter.card import Adapter
 from veneer.measure.layers import Update, directions, update
@@ -26,12 +33,22 @@ def measure(adapters: Sequence[Adapter], rank: int, progress: bool = False) -> F
 
     No two layers are held decomposed at a time.
     """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            torch.set_num_threads(1)
+            return _measure(adapters, rank, pool, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(adapters: Sequence[Adapter], rank: int, pool: ThreadPoolExecutor, progress: bool) -> Figures:
     updates: list[dict[str, Update]] = [{} for _ in adapters]
     pairs, total = Pairs(len(adapters)), Sum(len(adapters), rank)
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.modules())
     for module in shown(list(modules), "layers", progress):
         factors = {i: one.factors(module) for i, one in enumerate(adapters) if f"{module}.a" in one.tensors}
-        found = {i: directions(a_RI, b_OR) for i, (a_RI, b_OR) in factors.items()}
+        found = dict(zip(factors, pool.map(directions, *zip(*factors.values(), strict=True)), strict=True))
         for i, one in found.items():
             updates[i][module] = update(len(factors[i][0]), one.s, rank)
         if len(adapters) > 1:
