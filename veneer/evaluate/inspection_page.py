@@ -170,12 +170,15 @@ def _together(found: Inspection) -> str:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{text(each)}</th>" for each in heads)
-    body = "".join(
-        f"<tr><th>{text(row[0])}</th>{''.join(f'<td>{text(cell)}</td>' for cell in row[1:])}</tr>" for row in rows
-    )
+    body = "".join(_row(row) for row in rows)
     return (
         f'<div class="scroll"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _row(row: Sequence[str]) -> str:
+    cells = "".join(f"<td>{text(cell)}</td>" for cell in row[1:])
+    return f'<tr><th class="name">{text(row[0])}</th>{cells}</tr>'
 
 
 def _number(value: Any) -> str:

@@ -6,13 +6,13 @@ Legend: K directions, O out, I in.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from veneer.lowrank import concatenate
+from veneer.lowrank import NEGLIGIBLE, concatenate
 from veneer.measure.layers import Directions, directions
 
 SPANNED = 0.95  # of the squared norm of the sum: the directions that an adapter is held against
@@ -46,7 +46,7 @@ class Sum:
 
     def add(self, module: str, found: Mapping[int, Directions], factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """One layer. found, factors: place of an adapter that has it -> its update; all of one shape."""
-        total = directions(*concatenate(list(factors.values())))
+        total = _total(list(factors.values()))
         energy_K = total.s.square()
         self._energy[module] = float(energy_K.sum())
         self._kept[module] = float(energy_K[: self.rank].sum())
@@ -66,3 +66,13 @@ class Sum:
             kept_by_layer={m: self._kept[m] / energy if energy else 1.0 for m, energy in self._energy.items()},
             alignment=tuple(math.fsum(found) / len(found) if found else None for found in ratios),
         )
+
+
+def _total(updates: Sequence[tuple[Tensor, Tensor]]) -> Directions:
+    """Of the sum; by its factors unless those are larger than itself."""
+    a_RI, b_OR = concatenate(updates)
+    if len(a_RI) < min(len(b_OR), a_RI.shape[1]):
+        return directions(a_RI, b_OR)
+    u_OK, s_K, vt_KI = torch.linalg.svd(b_OR.double() @ a_RI.double(), full_matrices=False)
+    kept = int((s_K > NEGLIGIBLE * s_K[0]).sum())
+    return Directions(u_OK[:, :kept], s_K[:kept], vt_KI[:kept].mT)
