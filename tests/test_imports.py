@@ -26,6 +26,7 @@ LEVELS = {
     "plan": 5,
     "merge": 5,
     "store": 5,
+    "measure": 6,
     "train": 6,
     "compose": 6,
     "evaluate": 7,

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("veneer.cli.chat:run", "talk to the base and its adapters, switching live"),
     "data": ("veneer.cli.data:run", "data preview: what the model will see of a data file"),
     "merge": ("veneer.cli.merge:run", "an adapter into its base -> a model folder, with an error report"),
+    "inspect": ("veneer.cli.inspect:run", "adapters measured, alone and beside each other; would a server load them"),
     "push": ("veneer.cli.push:run", "an adapter with its model card -> the Hugging Face Hub"),
 }
 """Verb -> (module:function that takes the words after the verb, one line of help)."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DemoSettings,
         EvalSettings,
         GenerateSettings,
+        InspectSettings,
         MergeSettings,
         PreviewSettings,
         PushSettings,
@@ -43,6 +44,7 @@ __all__ = [
     "EvalSettings",
     "GenerateSettings",
     "HubSettings",
+    "InspectSettings",
     "LoraSettings",
     "MergeSettings",
     "Option",
@@ -67,8 +69,8 @@ _HOMES = {
     "run": "DataSettings HubSettings LoraSettings ReportingSettings RunConfig TrainSettings",
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
-    "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "
-    "PreviewSettings PushSettings",
+    "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings InspectSettings "
+    "MergeSettings PreviewSettings PushSettings",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,6 +15,7 @@ from veneer.config.storage import StorageSettings
 from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
 
 Positive = Annotated[int, Field(ge=1)]
+Target = Literal["peft", "vllm", "sglang", "llama.cpp"]
 
 
 def _named(value: Any) -> Any:
@@ -201,6 +202,38 @@ class MergeSettings(BaseSettings):
                 "dense",
                 "the update is added to the dense weights, whatever it was trained on; leave {options} out",
                 {"options": " and ".join(f"`{name}`" for name in self.storage_options())},
+            )
+        return self
+
+
+class InspectSettings(BaseSettings):
+    """What adapters are, alone and beside each other."""
+
+    group: ClassVar[str] = "Inspection"
+
+    base_model: ModelName | None = Field(
+        default=None, description="also measure on this base: hub id, local folder, GGUF file, or smollm2"
+    )
+    adapters: Annotated[Folders, Field(min_length=1)] = Field(description="adapter folders")
+    target: Target | None = Field(
+        default=None, description="would this server load them, and why not (exit code 2 where it would not)"
+    )
+    rank: Positive | None = Field(
+        default=None,
+        description="tell what is kept at this rank, and take the target to be started for it; default: the largest "
+        "of the adapters, and what the target allows unasked",
+    )
+    output: File | None = Field(default=None, description="write a page with heat maps to this .html file")
+
+    @model_validator(mode="after")
+    def _complete(self) -> InspectSettings:
+        if self.output is not None and Path(self.output).suffix.lower() not in (".html", ".htm"):
+            raise PydanticCustomError("page", "`output` is a page: name a .html file; for the figures there is --json")
+        if self.base_model is None and (idle := self.storage_options()):
+            raise PydanticCustomError(
+                "storage",
+                "{options} says how `base_model` is stored; give one",
+                {"options": " and ".join(f"`{name}`" for name in idle)},
             )
         return self
 

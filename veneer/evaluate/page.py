@@ -97,7 +97,7 @@ details + details, section:has(details) + section:has(details) { margin-top: 16p
 summary { cursor: pointer; } summary h2 { display: inline; } .plain { margin-top: 12px; font-size: 14px; }
 .plain td, .plain th { padding: 5px 16px 5px 0; border-top: 1px solid var(--line); }
 .plain th { color: var(--muted); font-weight: 400; width: 34%; } .plain td { overflow-wrap: anywhere; }
-.plain th::first-letter { text-transform: none; } .plain th { overflow-wrap: anywhere; }
+.plain th::first-letter, th.name::first-letter { text-transform: none; } .plain th { overflow-wrap: anywhere; }
 @media (max-width: 600px) { main { padding: 28px 16px 48px; } h1 { font-size: 26px; } section { margin-top: 36px; }
   .wide { display: none; } .narrow { display: block; } .figures { gap: 16px 32px; } .figure strong { font-size: 34px; }
   td, th { padding-right: 8px; } .scores { font-size: 14px; } .scores td small { font-size: 11.5px;

@@ -50,20 +50,20 @@ def write_report(
     """
     warnings = [*notes, *(note for note in (result.notes if result else ()) if note not in notes)]
     sections = [
-        _notes(warnings),
+        notes_list(warnings),
         _headline(card, result, history),
         _comparison(result),
         _curve(history),
         _norms(norms),
         answers(result),
-        _details("Settings of the run", settings),
-        _details("Adapter card", card),
+        details("Settings of the run", settings),
+        details("Adapter card", card),
     ]
     page = PAGE.format(title=text(title), style=STYLE, subtitle=_subtitle(card, result), body="\n".join(sections))
-    _write(Path(path), page)
+    write_page(Path(path), page)
 
 
-def _write(path: Path, page: str) -> None:
+def write_page(path: Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -84,7 +84,7 @@ def _subtitle(card: Mapping[str, Any], result: Result | None) -> str:
     return f"{method}{on}{rows}"
 
 
-def _notes(notes: Sequence[str]) -> str:
+def notes_list(notes: Sequence[str]) -> str:
     if not notes:
         return ""
     return '<ul class="notes">' + "".join(f"<li>{text(note)}</li>" for note in notes) + "</ul>"
@@ -208,10 +208,10 @@ def _range(name: str, score: Score, change: bool = False) -> str:
 def _curve(history: Sequence[Mapping[str, Any]]) -> str:
     if not (drawing := plots.loss_curve(history, plots.WIDE)):
         return ""
-    return f"<section><h2>Loss</h2>{_both(drawing, plots.loss_curve(history, plots.NARROW))}</section>"
+    return f"<section><h2>Loss</h2>{both(drawing, plots.loss_curve(history, plots.NARROW))}</section>"
 
 
-def _both(wide: str, narrow: str) -> str:
+def both(wide: str, narrow: str) -> str:
     return f'<figure class="wide">{wide}</figure><figure class="narrow">{narrow}</figure>'
 
 
@@ -219,7 +219,7 @@ def _norms(norms: Mapping[str, float] | None) -> str:
     if not norms:
         return ""
     grid = plots.grid(norms)
-    drawing = _both(plots.heat_map(grid, plots.WIDE), plots.heat_map(grid, plots.NARROW)) if grid.values else ""
+    drawing = both(plots.heat_map(grid, plots.WIDE), plots.heat_map(grid, plots.NARROW)) if grid.values else ""
     most = max(norms, key=lambda path: norms[path])
     loose = "".join(f" Outside the layers: {text(path)} {100 * norm:.2g} %." for path, norm in grid.loose.items())
     top = max(grid.values.values(), default=0.0)
@@ -235,7 +235,7 @@ def _norms(norms: Mapping[str, float] | None) -> str:
 # --- settings and card ------------------------------------------------------------------------------------------
 
 
-def _details(title: str, values: Mapping[str, Any]) -> str:
+def details(title: str, values: Mapping[str, Any]) -> str:
     rows = "".join(f"<tr><th>{text(key)}</th><td>{_plain(value)}</td></tr>" for key, value in _flat(values))
     table = f'<table class="plain"><tbody>{rows}</tbody></table>'
     return f"<section><details><summary><h2>{title}</h2></summary>{table}</details></section>" if rows else ""
