@@ -95,7 +95,8 @@ class Test:
         from veneer.model.likelihood import sequence_likelihoods
 
         found = sequence_likelihoods(loaded.model, self.examples, slot, 16384)
-        values, first = [0.0] * self.count, {}
+        values: list[float] = [0.0] * self.count
+        first: dict[int, Any] = {}
         for owner, likelihood in zip(self.owners, found, strict=True):
             share = likelihood.hits / likelihood.tokens
             values[owner] = max(values[owner], share if self.task in BY_TOKENS else float(share == 1.0))
