@@ -17,6 +17,7 @@ LEVELS = {
     "lowrank": 0,
     "kernels": 0,
     "config": 1,
+    "places": 1,
     "bases": 1,
     "data": 1,
     "methods": 2,

@@ -107,3 +107,14 @@ def test_options_of_data_and_of_tasks_do_not_mix(
     answer = veneer("eval", "out/a", *words)
     assert (answer.code, evaluation.settings) == (2, None)
     assert told.replace("`", "") in answer.err.replace("`", "").replace("--", "").replace("-", "_")
+
+
+def test_a_place_for_the_result_that_cannot_be_is_told_before_the_evaluation(
+    veneer: Any, evaluation: SimpleNamespace, tmp_path: Path
+) -> None:
+    answer = veneer("eval", "out/a", "--dataset", "t.jsonl", "--output", tmp_path)
+    assert (answer.code, evaluation.settings) == (2, None)
+    assert f"--output {tmp_path} is a folder; name a file" in answer.err
+    new = tmp_path / "folder" / "table.md"
+    assert veneer("eval", "out/a", "--dataset", "t.jsonl", "--output", new).code == 0
+    assert "exact_match" in new.read_text()

@@ -121,6 +121,17 @@ def test_a_full_disk_is_not_a_bug(veneer: Any, verb: Any) -> None:
     assert "No space left on device: out/x" in answer.err
 
 
+def test_a_full_disk_in_the_words_of_safetensors(veneer: Any, verb: Any) -> None:
+    from safetensors import SafetensorError
+
+    verb(raising(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")))
+    answer = veneer("verb")
+    assert (answer.code, "Traceback" in answer.err) == (2, False)
+    assert "No space left on device" in answer.err
+    verb(raising(SafetensorError("HeaderTooLarge")))
+    assert veneer("verb").code == 1
+
+
 def test_interrupted(veneer: Any, verb: Any) -> None:
     verb(raising(KeyboardInterrupt()))
     answer = veneer("verb")

@@ -60,6 +60,12 @@ def test_a_table_gives_way_to_json(as_json: bool, capsys: pytest.CaptureFixture[
     assert "0.5" in shown_table
 
 
+def test_bytes_are_told_in_gib(capsys: pytest.CaptureFixture[str]) -> None:
+    print_facts("done", {"peak_memory_bytes": 1_258_860_544, "steps": 3}, json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["peak", "memory", "1.17", "GiB"] in lines and ["steps", "3"] in lines
+
+
 def test_facts_open_objects_and_lists_of_objects(capsys: pytest.CaptureFixture[str]) -> None:
     facts = {
         "train_seconds": 12.345678,

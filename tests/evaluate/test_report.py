@@ -103,6 +103,15 @@ def test_headline_table_and_facts(page):
     assert "left:22.00%;width:31.00%" in html
 
 
+def test_the_loss_of_rows_it_never_saw_comes_before_that_of_rows_it_saw(page):
+    training = {**CARD["training"], "eval_loss_before": 3.587, "best_eval_loss": 0.1694}
+    html = page(result=None, card={**CARD, "training": training})
+    assert "<span>validation loss</span><strong>0.169</strong><em>before 3.59</em>" in html
+    assert html.index("<span>validation loss") < html.index("<span>training loss")
+    unvalidated = page(result=None, card={**CARD, "training": {**training, "best_eval_loss": None}})
+    assert "<span>validation loss" not in unvalidated and "<span>training loss" in unvalidated
+
+
 def test_notes_come_first_and_once(page):
     html = page(notes=["mind this", "a note"])
     assert html.index("mind this") < html.index("Exact match".lower())
@@ -115,7 +124,7 @@ def test_settings_and_card_are_readable(page):
     assert "<tr><th>seed</th><td>12345</td></tr>" in html
     assert "<tr><th>settings.use_rslora</th><td>no</td></tr>" in html
     assert "<tr><th>scales</th><td>2 <small>on all 40 modules</small></td></tr>" in html
-    assert "40 modules, 2 values" in html
+    assert "40 entries, 2 values" in html
 
 
 def test_heat_map_section_names_median_and_largest(page, norms):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -28,7 +29,10 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 """Verb -> (module:function that takes the words after the verb, one line of help)."""
 
-_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_SURROUNDINGS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,13 +109,20 @@ def _run(verb: str, words: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return 141  # the reader has gone (`veneer generate | head`), as a shell reports it
-    except OSError as error:
-        if error.errno not in _SURROUNDINGS:
+    except Exception as error:
+        if (number := _system_error(error)) not in _SURROUNDINGS:
             return _bug()
-        say(f"veneer: {error.strerror}: {error.filename or 'no file named'}; make room or choose another place")
+        where = getattr(error, "filename", None) or "it was not said where"
+        say(f"veneer: {os.strerror(number)}: {where}; make room or choose another place")
         return 2
-    except Exception:
-        return _bug()
+
+
+def _system_error(error: Exception) -> int:
+    """The number of an error of the operating system, 0 for others; safetensors tells it in the text of its own."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else 0
 
 
 def _told_elsewhere(error: VeneerError) -> bool:

@@ -11,6 +11,7 @@ from veneer.cli.load import base_of
 from veneer.cli.output import print_json, print_table, say, shown
 from veneer.cli.parse import Command, parse
 from veneer.config import EvalSettings
+from veneer.places import check_file
 
 COMMAND = Command(
     name="eval",
@@ -24,6 +25,8 @@ COMMAND = Command(
 def run(argv: Sequence[str]) -> int:
     """Evaluate and print."""
     parsed = parse(argv, COMMAND)
+    if parsed.settings.output is not None:
+        check_file("--output", parsed.settings.output)
     from veneer.evaluate.table import grouped
     from veneer.evaluate.verb import evaluate_files
 
@@ -53,4 +56,5 @@ def _write(output: str | None, result: Mapping[str, Any]) -> None:
 
         whole = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
         text = markdown(result, _short) if Path(output).suffix.lower() == ".md" else whole
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(text, encoding="utf-8")

@@ -84,7 +84,7 @@ def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
     """Facts as a table of name and value. An object or a list of objects among them is a table of its own, warnings and
     notes are lines on standard error."""
     inner = {name: value for name, value in facts.items() if value and (isinstance(value, Mapping) or _is_rows(value))}
-    plain = [(_words(name), value) for name, value in facts.items() if name not in inner and name not in _LINES]
+    plain = [_row(name, value) for name, value in facts.items() if name not in inner and name not in _LINES]
     _print_table(title, ("", ""), plain, "left", json)
     for name, value in inner.items():
         if isinstance(value, Mapping):
@@ -96,6 +96,13 @@ def print_facts(title: str, facts: Mapping[str, Any], *, json: bool) -> None:
     for name, mark in _LINES.items():
         for line in facts.get(name) or ():
             say(f"{mark}: {line}")
+
+
+def _row(name: str, value: Any) -> tuple[str, Any]:
+    """Bytes as GiB: nobody reads ten digits."""
+    if name.endswith("_bytes") and isinstance(value, int):
+        return _words(name.removesuffix("_bytes")), f"{value / 2**30:.2f} GiB"
+    return _words(name), value
 
 
 def _print_table(

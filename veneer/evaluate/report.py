@@ -96,8 +96,7 @@ def notes_list(notes: Sequence[str]) -> str:
 def _headline(card: Mapping[str, Any], result: Result | None, history: Sequence[Mapping[str, Any]]) -> str:
     figures = [_metric_figure(result, name) for name in result.metrics] if result else []
     if not result:
-        losses = [row["loss"] for row in history if row.get("split") == "train" and row.get("loss") is not None]
-        figures += [_figure("training loss", f"{losses[-1]:.3g}", f"from {losses[0]:.3g}")] if losses else []
+        figures += _losses(card.get("training") or {}, history)
     training = card.get("training") or {}
     small = [
         f"<div><dt>{label}</dt><dd>{_quantity(key, training[key])}</dd></div>"
@@ -106,6 +105,15 @@ def _headline(card: Mapping[str, Any], result: Result | None, history: Sequence[
     ]
     facts = f'<dl class="facts">{"".join(small)}</dl>' if small else ""
     return f'<section class="figures">{"".join(figures)}</section>{facts}'
+
+
+def _losses(training: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of rows it never saw first, of the adapter that was kept; then of those it was trained on, its last step's."""
+    before, after = training.get("eval_loss_before"), training.get("best_eval_loss")
+    held_out = [_figure("validation loss", f"{after:.3g}", f"before {before:.3g}")] if before and after else []
+    losses = [row["loss"] for row in history if row.get("split") == "train" and row.get("loss") is not None]
+    seen = [_figure("training loss", f"{losses[-1]:.3g}", f"from {losses[0]:.3g}")] if losses else []
+    return held_out + seen
 
 
 def _metric_figure(result: Result, name: str) -> str:
@@ -269,4 +277,4 @@ def _table_of_modules(values: Mapping[str, Any]) -> str:
     if len(distinct) == 1:
         return f"{distinct.pop()} <small>on all {len(values):,} modules</small>"
     lines = "".join(f"<div>{text(key)} <b>{_plain(value)}</b></div>" for key, value in values.items())
-    return f"<details><summary>{len(values):,} modules, {len(distinct):,} values</summary>{lines}</details>"
+    return f"<details><summary>{len(values):,} entries, {len(distinct):,} values</summary>{lines}</details>"

@@ -22,6 +22,7 @@ from veneer.model.packed import speaking
 from veneer.model.saving import make_dense
 from veneer.model.swap import base_at
 from veneer.model.text import text_config
+from veneer.places import check_folder
 
 SLOT = "merging"
 PROBE_TOKENS = 32
@@ -62,6 +63,7 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output {output} exists and is not an empty folder; name another, or delete it first")
+    check_folder("--output", folder)
     adapter = Adapter.load(adapter_folder)
     loaded = load(base_model, "float32", device="cpu")
     chosen = _dtype(loaded.model, dtype)

@@ -15,10 +15,10 @@ from torch import nn
 from veneer.adapter.attach import methods_of
 from veneer.adapter.take import take
 from veneer.config import RunConfig, write_yaml
-from veneer.errors import ConfigError
 from veneer.model.layers import as_they_were
 from veneer.model.load import Loaded
 from veneer.model.swap import base_at
+from veneer.places import check_folder
 from veneer.train import checkpoint
 from veneer.train.fit import fit
 from veneer.train.job import Job
@@ -89,8 +89,7 @@ def train(
 def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | None, ranks: Ranks) -> TrainResult:
     say = Console(stderr=True, highlight=False, quiet=not progress).print
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output-dir {output} is a file; name a folder")
+    check_folder("--output-dir", output)
     loaded, data, job, rate, notes, warnings = prepare(config, ranks, loaded, progress)
     identity = _identity(config, loaded, rate, data)
     notes += _start(output, config, [job], identity, resume, ranks)

@@ -30,13 +30,13 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
     hidden, family = model_config.hidden_size, str(getattr(model_config, "model_type", ""))
     power = next((power for name, power in WIDTH_POWER.items() if family.startswith(name)), WIDTH_POWER["llama"])
     rate = 5e-5 * 10 * (2000 / hidden) ** power
-    reason = f"5e-5 · 10 · (2000 / {hidden})^{power}"
+    reason = f"for a base of width {hidden}, by the rule 5e-5 · 10 · (2000 / {hidden})^{power}"
     if settings.loss == "dpo":  # as TRL's defaults stand to each other: 1e-6 beside 2e-5, for full fine-tuning
         rate, reason = rate / 20, f"{reason} / 20 for dpo"
     if settings.loraplus_lr_ratio != 1:  # A below and B above the rate that both would have
         rate, reason = rate / settings.loraplus_lr_ratio**0.5, f"{reason} / √{settings.loraplus_lr_ratio:g} for A"
     if steps < SHORT_RUN:
-        rate, reason = rate * 1.5, f"1.5 · {reason}, a run under {SHORT_RUN} steps"
+        rate, reason = rate * 1.5, f"{reason} · 1.5 for a run under {SHORT_RUN} steps"
     if lora.scale is not None or lora.use_rslora or lora.lora_alpha != 32:
         reason += "; the rule was fitted at lora_alpha 32 without rslora, so consider a sweep"
     return Rate(float(f"{rate:.3g}"), reason)
