@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.config.adapters import ConvertSettings, MergeSettings, read_recipe
     from veneer.config.aliases import ADVICE, ALIASES, SHORTHANDS
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         DemoSettings,
         EvalSettings,
         GenerateSettings,
-        MergeSettings,
         PreviewSettings,
         PushSettings,
     )
@@ -37,6 +37,7 @@ __all__ = [
     "SWITCHES",
     "BaseSettings",
     "ChatSettings",
+    "ConvertSettings",
     "DataSettings",
     "DecodingSettings",
     "DemoSettings",
@@ -56,18 +57,20 @@ __all__ = [
     "dump_yaml",
     "options_of",
     "read",
+    "read_recipe",
     "read_yaml",
     "write_yaml",
 ]
 
 _HOMES = {
+    "adapters": "ConvertSettings MergeSettings read_recipe",
     "aliases": "ADVICE ALIASES SHORTHANDS",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
     "run": "DataSettings HubSettings LoraSettings ReportingSettings RunConfig TrainSettings",
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
-    "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings MergeSettings "
+    "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings "
     "PreviewSettings PushSettings",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
