@@ -97,9 +97,9 @@ def _sketched(d_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     x_IS = torch.randn(d_OI.shape[1], min(rank + OVERSAMPLED, *d_OI.shape), generator=draw)
     for _ in range(POWERS):
         x_IS = torch.linalg.qr(d_OI.mT @ torch.linalg.qr(d_OI @ x_IS)[0])[0]
-    q_OS = torch.linalg.qr(d_OI @ x_IS)[0]
-    u_SS, s_S, vt_SI = torch.linalg.svd((q_OS.mT @ d_OI).double(), full_matrices=False)
-    return q_OS.double() @ u_SS, s_S, vt_SI.mT
+    q_OS = torch.linalg.qr((d_OI @ x_IS).double())[0]  # float64: what is left out is told by a difference of squares
+    u_SS, s_S, vt_SI = torch.linalg.svd(q_OS.mT @ d_OI.double(), full_matrices=False)
+    return q_OS @ u_SS, s_S, vt_SI.mT
 
 
 def _reaches(s_S: Tensor, energy: float, whole: float) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer.adapter.card import Adapter
-from veneer.adapter.faults import add_fault
+from veneer.adapter.faults import SHOWN, add_fault
 from veneer.errors import NotMergeable, WrongBaseError, listed
 from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
 
@@ -23,10 +23,18 @@ def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str
     faults, notes = _other_bases(adapters, names)
     faults += _other_shapes(adapters, names)
     if faults:
-        raise WrongBaseError(listed("These adapters are not of one base:", faults, "Merge those of one base only."))
+        raise WrongBaseError(
+            listed("These adapters are not of one base:", _some(faults), "Merge those of one base only.")
+        )
+    notes = _some(notes)
     unverified = [name for name, adapter in zip(names, adapters, strict=True) if adapter.card.base is None]
-    add_fault(notes, "base unverified: not recorded by", unverified)
-    return notes + _missing_layers(adapters, names)
+    add_fault(notes, "base unverified, not recorded", unverified)
+    return notes + _some(_missing_layers(adapters, names))
+
+
+def _some(lines: list[str]) -> list[str]:
+    """Of many lines, as three hundred adapters give, the first."""
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"and {len(lines) - SHOWN} more of these"]
 
 
 def common_base(adapters: Sequence[Adapter]) -> Fingerprint | None:
