@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from veneer.adapter.attach import attach, merge_into
 from veneer.adapter.card import Adapter
 from veneer.cli.__main__ import main
-from veneer.errors import ConfigError, ModelError
+from veneer.errors import ModelError
 from veneer.merge import checkpoints
-from veneer.merge.extract import extract_folder, extracted
+from veneer.merge.extract import extracted
 from veneer.merge.into_base import merge_into_base
 from veneer.model.load import load
 from veneer.model.source import Source
@@ -147,14 +147,14 @@ def test_norms_and_embeddings_that_changed_are_measured_and_refused(base: Path, 
     def more(name: str, parameter: torch.Tensor) -> None:
         everything_linear(name, parameter)
         if "layers.1.input_layernorm" in name or "embed" in name:
-            parameter *= 1.01
+            parameter *= 1.25
 
     tuned = tune(more, "bfloat16")
     with pytest.raises(ModelError) as error:
         extracted(str(base), str(tuned), rank=2)
     text = str(error.value)
-    assert "model.layers.*.input_layernorm.weight: 1 of 2 changed, by 0.01 of the norm" in text
-    assert "model.embed_tokens.weight: 1 of 1 changed, by 0.01 of the norm" in text
+    assert "model.layers.*.input_layernorm.weight: 1 of 2 changed, by 0.25 of their norm" in text
+    assert "model.embed_tokens.weight: 1 of 1 changed, by 0.25 of their norm" in text
     assert "post_attention" not in text and "--force" in text
     found, report = extracted(str(base), str(tuned), rank=2, force=True)
     assert len(found.modules()) == 14 and report.lost.keys() == {
@@ -237,7 +237,7 @@ def test_quantised_models_are_refused(base: Path, tune: Tune, config: dict[str, 
 
 def test_a_gguf_that_is_not_unpacked_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "opened", lambda source: Source(source.name, source.place, "model.gguf"))
-    with pytest.raises(ModelError, match="quantised model .GGUF"):
+    with pytest.raises(ModelError, match="is a quantised model"):
         extracted(str(base), str(base), rank=2)
 
 
@@ -270,17 +270,14 @@ def test_another_tokenizer_is_a_loss(base: Path, tune: Tune) -> None:
         extracted(str(base), str(tuned), rank=2)
 
 
-def test_on_the_command_line(
-    base: Path, tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_the_command_line(base: Path, tune: Tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned = tune(everything_linear)
     words = ["convert", "--extract", str(tuned), "--base-model", str(base), "--rank", "3", "--json"]
     assert main([*words, "-o", str(tmp_path / "out")]) == 0
     told = capsys.readouterr()
     report = json.loads(told.out)
-    assert 0 < report["kept"] < 1 and {row["layers"].partition("*.")[2] for row in report["kinds"]} == set(
-        LINEAR.split()
-    )
+    assert 0 < report["kept"] < 1
+    assert {row["layers"].partition("*.")[2] for row in report["kinds"]} == set(LINEAR.split())
     found = Adapter.load(tmp_path / "out")
     assert found.identity == report["identity"] and set(found.card.ranks.values()) == {3}
     assert found.card.base_name == str(base) and found.card.training["extract"]["rank"] == 3
@@ -288,7 +285,3 @@ def test_on_the_command_line(
     assert "exists and is not an empty folder" in capsys.readouterr().err
     assert main(["convert", "--extract", str(tuned), "--base-model", "org/none", "--rank", "3", "-o", "x"]) == 2
     assert "org/none" in capsys.readouterr().err
-    with pytest.raises(ConfigError):
-        from veneer.config import ConvertSettings
-
-        extract_folder(ConvertSettings(extract=str(tuned), base_model=str(base), rank=3, output=str(tmp_path / "out")))

@@ -81,6 +81,7 @@ ADVICE: dict[str, str] = {
     "merge_method": "write `method`",
     "combination_type": "write `method`",
     "models": "write `adapters`, a list of folders, and `weights`, a list of numbers",
+    "weight": "write `weights`, a list with a number for each adapter",
     "parameters": "write each option at the top level: `density`",
     "lambda": "write `scale`",
     "normalize": "`weights` are taken as they are, but by ties and dare_ties, where they are relative",
