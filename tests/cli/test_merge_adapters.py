@@ -161,7 +161,8 @@ def test_an_output_in_the_way_is_told_before_any_work(veneer: Any, out: Path, na
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_three_hundred_adapters(veneer: Any, out: Path) -> None:
+def test_three_hundred_adapters(veneer: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # takes seconds of a thousand files
     names = [f"many/{seed:03}" for seed in range(300)]
     bases = (BASE, replace(BASE, template="9" * 64))
     given = [adapter(seed, layers=1, names=("q_proj",), base=bases[seed % 2]) for seed in range(300)]

@@ -7,7 +7,7 @@ and squaring the condition number leaves directions right to 1e-8 of the largest
 takes no longer than an SVD of D in float32. Where few directions are wanted, they are sketched instead (Halko,
 Martinsson and Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1): D meets S random vectors, POWERS + 1 times on each
 side, at the cost of thin products. At 2048 x 2048 on one core: 2.7 s exact; sketched 0.06 s at rank 16, 0.3 s at 128.
-What is left out is then at most 0.8 % more than it has to be, even of a flat spectrum; 2 to 5 % with one power.
+What is left out is then at most 0.9 % more than it has to be, even of a flat spectrum; 2 to 5 % with one power.
 """
 
 from __future__ import annotations
