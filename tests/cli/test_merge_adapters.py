@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -157,7 +158,10 @@ def test_an_output_in_the_way_is_told_before_any_work(veneer: Any, out: Path, na
     answer = veneer("merge", "a", "no-such-adapter", "-o", name)
     assert answer.code == 2 and f"--output {name} exists" in answer.err and "no such folder" not in answer.err
     (out / "empty").mkdir()
+    (out / ".empty.partial").mkdir()  # as a merge that was killed leaves it
+    (out / ".empty.partial" / "half.safetensors").write_text("")
     assert veneer("merge", "a", "b", "-o", "empty").code == 0
+    assert "half.safetensors" not in files(out / "empty")
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
