@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 
 from veneer.cli.train import COMMAND
-from veneer.config import SHORTHANDS, RunConfig, options_of, read_yaml
+from veneer.config import SHORTHANDS, MergeSettings, RunConfig, Settings, options_of, read_recipe, read_yaml
 from veneer.errors import ConfigError
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coming-from.md"
-OPTIONS = options_of(RunConfig)
-SPELLINGS = {spelling: name for name, option in OPTIONS.items() for spelling in (*option.aliases, name)}
-SPELLINGS |= {short: name for short, (name, _) in SHORTHANDS.items()}
+MERGES = "From mergekit, and from PEFT's `add_weighted_adapter`"
+
+
+def spellings_of(settings: type[Settings]) -> dict[str, str]:
+    options = options_of(settings)
+    found = {spelling: name for name, option in options.items() for spelling in (*option.aliases, name)}
+    return found | {short: name for short, (name, _) in SHORTHANDS.items() if name in options}
+
+
+SPELLINGS, OF_MERGE = spellings_of(RunConfig), spellings_of(MergeSettings)
 NEEDED = {"base_model": "smollm2", "dataset": "train.jsonl", "output_dir": "out"}
 
 
@@ -33,11 +40,13 @@ def rows(text: str) -> list[tuple[str, list[str], str, str]]:
 def faults(tool: str, theirs: list[str], ours: str, told: str) -> list[str]:
     """What a row claims and is not so."""
     names = re.findall(r"`(?:--)?(\w+)`", ours)
-    wrong = [f"{tool}: no option {name}" for name in names if name not in OPTIONS and name not in COMMAND.all_switches]
+    spellings = OF_MERGE if tool == MERGES else SPELLINGS
+    known = {*spellings.values(), *COMMAND.all_switches}
+    wrong = [f"{tool}: no option {name}" for name in names if name not in known]
     if ours not in ("the same", "refused") and not names:
         wrong.append(f"{tool}: {ours!r} names no option")
     for key in theirs:
-        read_as = SPELLINGS.get(key)
+        read_as = spellings.get(key)
         wanted = (key if ours == "the same" else names[0] if names else None) if told.startswith("as it is") else None
         if read_as != wanted:
             wrong.append(f"{tool}: {key} is read as {read_as}, the page says {wanted or 'that it is not read'}")
@@ -54,11 +63,11 @@ def test_every_row_is_so() -> None:
 def test_each_tool_has_its_table() -> None:
     tools = [tool for tool, *_ in ROWS]
     assert {tool: tools.count(tool) > 8 for tool in tools} == dict.fromkeys(
-        ("From PEFT and TRL", "From axolotl", "From LLaMA-Factory", "From Unsloth"), True
+        ("From PEFT and TRL", "From axolotl", "From LLaMA-Factory", "From Unsloth", MERGES), True
     )
 
 
-@pytest.mark.parametrize("key", sorted({key for _, keys, _, told in ROWS for key in keys if key not in SPELLINGS}))
+@pytest.mark.parametrize("key", sorted({k for _, keys, _, _ in ROWS for k in keys} - {*SPELLINGS, *OF_MERGE}))
 def test_what_is_not_read_is_an_error_that_names_it(key: str) -> None:
     with pytest.raises(ConfigError, match=rf"- {key}: \w"):  # not "unknown option": why, and what to do instead
         RunConfig.from_flat({**NEEDED, key: "true"})
@@ -68,12 +77,20 @@ def test_options_in_the_prose_exist() -> None:
     prose = "\n".join(line for line in PAGE.read_text(encoding="utf-8").splitlines() if not line.startswith("|"))
     outside = re.sub(r"^```.*?^```", "", prose, flags=re.DOTALL | re.MULTILINE)
     names = set(re.findall(r"`(\w+_\w+)(?:: [\w.]+)?`", outside))
-    assert names - {"get_peft_model", "train_on_responses_only", "save_pretrained_merged"} <= set(SPELLINGS)
+    assert names - {
+        "get_peft_model",
+        "train_on_responses_only",
+        "save_pretrained_merged",
+        "add_weighted_adapter",
+    } <= set(SPELLINGS)
 
 
 def test_the_file_of_settings_is_one(tmp_path: Path) -> None:
-    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    run, recipe = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    options = read_recipe(tmp_path / "recipe.yaml")
+    assert MergeSettings.from_flat({**options, "output": "o"}).adapters[0] == f"{tmp_path}/../math"
+    (tmp_path / "run.yaml").write_text(run, encoding="utf-8")
     assert RunConfig.from_flat(read_yaml(tmp_path / "run.yaml")).storage == "nf4"
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.cli import chat, data, demo, generate, merge, push, train
+from veneer.cli import chat, convert, data, demo, generate, merge, push, train
 from veneer.cli import eval as evaluation
 from veneer.cli.help import help_text
 from veneer.cli.parse import Command
 from veneer.config import RunConfig, options_of
 
-COMMANDS = [m.COMMAND for m in (train, evaluation, generate, chat, data, merge, push, demo)]
+COMMANDS = [m.COMMAND for m in (train, evaluation, generate, chat, data, merge, convert, push, demo)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)

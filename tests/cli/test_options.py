@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from veneer.cli import chat, data, demo, generate, inspect, merge, push, train
+from veneer.cli import chat, convert, data, demo, generate, inspect, merge, push, train
 from veneer.cli import eval as evaluation
 from veneer.config import options_of
 
 FROZEN = Path(__file__).with_name("options.txt")
 UPDATE = "VENEER_UPDATE=1 python -m pytest tests/cli/test_options.py"
-COMMANDS = [m.COMMAND for m in (train, evaluation, generate, chat, data, merge, inspect, push, demo)]
+COMMANDS = [m.COMMAND for m in (train, evaluation, generate, chat, data, merge, convert, inspect, push, demo)]
 
 
 def current() -> str:

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veneer.config import ALIASES, DataSettings, LoraSettings, RunConfig, options_of
-from veneer.config.verbs import ChatSettings, EvalSettings, GenerateSettings, MergeSettings, PreviewSettings
+from veneer.config.adapters import ConvertSettings, MergeSettings
+from veneer.config.verbs import ChatSettings, EvalSettings, GenerateSettings, PreviewSettings
 from veneer.errors import ConfigError
 
-ALL = [RunConfig, EvalSettings, GenerateSettings, ChatSettings, PreviewSettings, MergeSettings]
+ALL = [RunConfig, EvalSettings, GenerateSettings, ChatSettings, PreviewSettings, MergeSettings, ConvertSettings]
 GIVEN: dict[str, Any] = {"base_model": "smollm2", "dataset": "train.jsonl", "output_dir": "out"}
 
 positive = st.floats(1e-12, 1e6)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.adapter.card import Adapter, Card
+from veneer.config.merging import SETTINGS
 from veneer.errors import ConfigError
 from veneer.merge.apply import combine
 from veneer.merge.layer import merge_layer
@@ -186,6 +187,10 @@ def test_whole_adapters_in_another_order_are_equal_to_the_bit(name):
     assert len(one.modules()) == 3
     assert one.card.parents == tuple(found.identity for found in given) == report.parents
     assert Recipe.from_json(one.card.training["merge"]).settings == Recipe(name, weights).settings
+
+
+def test_the_table_of_settings_is_that_of_the_methods():
+    assert {name: merge_named(name).settings for name in MERGES} == SETTINGS
 
 
 def test_an_unknown_method_or_option_is_named():

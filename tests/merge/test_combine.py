@@ -114,7 +114,7 @@ def test_another_template_is_said_and_unknown_parts_are_not_claimed():
     _, report = combine([adapter(0), adapter(1, base=replace(BASE, template="9" * 64))], SUM)
     assert report.notes == ("template of the base: adapter 2 was trained on another than adapter 1",)
     got, report = combine([adapter(0), adapter(1, base=None)], SUM)
-    assert got.card.base is None and report.notes == ("base unverified: not recorded by adapter 2",)
+    assert got.card.base is None and report.notes == ("base unverified, not recorded: adapter 2",)
     got, _ = combine([adapter(0), adapter(1, base=replace(BASE, weights=UNKNOWN))], SUM)
     assert got.card.base == replace(BASE, weights=UNKNOWN)
 

@@ -23,7 +23,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("veneer.cli.generate:run", "text from the base or an adapter"),
     "chat": ("veneer.cli.chat:run", "talk to the base and its adapters, switching live"),
     "data": ("veneer.cli.data:run", "data preview: what the model will see of a data file"),
-    "merge": ("veneer.cli.merge:run", "an adapter into its base -> a model folder, with an error report"),
+    "merge": ("veneer.cli.merge:run", "adapters -> one adapter, or into the base -> a model; with an error report"),
+    "convert": (
+        "veneer.cli.convert:run",
+        "any adapter -> plain PEFT LoRA, compressed; or the adapter of a tuned model",
+    ),
     "inspect": ("veneer.cli.inspect:run", "adapters measured, alone and beside each other; would a server load them"),
     "push": ("veneer.cli.push:run", "an adapter with its model card -> the Hugging Face Hub"),
 }

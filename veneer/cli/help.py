@@ -20,8 +20,8 @@ def help_text(command: Command[S]) -> str:
     """All of it, as wide as the terminal up to 110 columns."""
     width = min(110, shutil.get_terminal_size().columns)
     options = options_of(command.settings)
-    positional = options.get(command.positional or "")
-    words = f" [{positional.metavar}]" if positional else ""
+    alone = [options[name] for name in (command.positional, command.second) if name]
+    words = "".join(f" [{option.metavar}]" for option in alone)
     head = f"veneer {command.name}: {command.summary}\n\n"
     usage = f"usage: veneer {command.name} [FILE.yaml]{words} [--option value ...]\n"
     example = f"   e.g. {command.example}\n" if command.example else ""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from veneer.cli.help import help_text
 from veneer.cli.output import results
@@ -13,19 +13,26 @@ from veneer.config import SHORTHANDS, Option, Settings, options_of, read, read_y
 from veneer.config.faults import unknown
 
 S = TypeVar("S", bound=Settings)
+_SHORT = {"-o": "--output"}
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 
 
 @dataclass(frozen=True)
 class Command(Generic[S]):
-    """A verb as the parser sees it. `switches`: what to do, not how, so never in a YAML file; name -> help."""
+    """A verb as the parser sees it.
+
+    positional: the option that words alone fill; where it takes one word, `second` is filled by the next. switches:
+    what to do, not how, so never in a YAML file; name -> help. read_file: FILE.yaml -> options.
+    """
 
     name: str
     summary: str
     settings: type[S]
     positional: str | None = None
+    second: str | None = None
     switches: dict[str, str] = field(default_factory=dict)
     example: str = ""
+    read_file: Callable[[str], Mapping[str, Any]] = read_yaml
 
     @property
     def all_switches(self) -> dict[str, str]:
@@ -55,7 +62,7 @@ def parse(argv: Sequence[str], command: Command[S]) -> Parsed[S]:
         raise SystemExit(0)
     line = _Line(command)
     line.take(deque(words))
-    files = [read_yaml(path) for path in line.files]
+    files = [command.read_file(path) for path in line.files]
     settings = read(command.settings, *files, line.options, spell=kebab, faults=line.faults)
     return Parsed(settings, frozenset(name for name, on in line.switches.items() if on))
 
@@ -84,6 +91,8 @@ class _Line:
                 self._positional(words.popleft() for _ in range(len(words)))
             elif word.startswith("--"):
                 self._option(word, words)
+            elif word in _SHORT and _SHORT[word].lstrip("-") in self.known:
+                self._option(_SHORT[word], words)
             elif word.startswith("-") and word != "-" and not _is_number(word):
                 self.faults.append(self._single_dash(word, words))
             else:
@@ -137,10 +146,11 @@ class _Line:
         for word in words:
             if word.endswith((".yaml", ".yml")):
                 self.files.append(word)
-            elif self.command.positional:
-                self._set(self.command.positional, word)
-            elif self.open:
+            elif self.open and (_is_number(word) or not self.command.positional):
                 self._set(self.open, word)
+            elif self.command.positional:
+                first, second = self.command.positional, self.command.second
+                self._set(second if second and first in self.options else first, word)
             else:
                 self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml")
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from veneer.config.adapters import ConvertSettings, MergeSettings, read_recipe
     from veneer.config.aliases import ADVICE, ALIASES, SHORTHANDS
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         EvalSettings,
         GenerateSettings,
         InspectSettings,
-        MergeSettings,
         PreviewSettings,
         PushSettings,
     )
@@ -38,6 +38,7 @@ __all__ = [
     "SWITCHES",
     "BaseSettings",
     "ChatSettings",
+    "ConvertSettings",
     "DataSettings",
     "DecodingSettings",
     "DemoSettings",
@@ -58,11 +59,13 @@ __all__ = [
     "dump_yaml",
     "options_of",
     "read",
+    "read_recipe",
     "read_yaml",
     "write_yaml",
 ]
 
 _HOMES = {
+    "adapters": "ConvertSettings MergeSettings read_recipe",
     "aliases": "ADVICE ALIASES SHORTHANDS",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
@@ -70,7 +73,7 @@ _HOMES = {
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings InspectSettings "
-    "MergeSettings PreviewSettings PushSettings",
+    "PreviewSettings PushSettings",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

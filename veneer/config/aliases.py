@@ -20,6 +20,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "output_dir": ("output",),
     "output": ("output_dir",),
     "r": ("lora_r", "lora_rank", "rank"),
+    "rank": ("r", "lora_r", "lora_rank", "svd_rank"),
     "lora_alpha": ("alpha",),
     "lora_dropout": ("dropout",),
     "use_rslora": ("rslora",),
@@ -77,6 +78,15 @@ SHORTHANDS: dict[str, tuple[str, str]] = {"bf16": ("dtype", "bfloat16"), "fp16":
 """Switches of other tools -> the option and its value that they stand for; off, they say nothing."""
 
 ADVICE: dict[str, str] = {
+    "merge_method": "write `method`",
+    "combination_type": "write `method`",
+    "models": "write `adapters`, a list of folders, and `weights`, a list of numbers",
+    "weight": "write `weights`, a list with a number for each adapter",
+    "parameters": "write each option at the top level: `density`",
+    "lambda": "write `scale`",
+    "normalize": "`weights` are taken as they are, but by ties and dare_ties, where they are relative",
+    "majority_sign_method": "ties elects the sign of the weighted sum; leave it out",
+    "svd_clamp": "nothing is clamped; leave it out",
     "packing": "sequences are always packed; leave it out",
     "sample_packing": "sequences are always packed; leave it out",
     "padding_free": "nothing is ever padded; leave it out",

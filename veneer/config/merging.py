@@ -1,10 +1,13 @@
-"""The settings of each way to make one adapter out of several."""
+"""The settings of each way to make one adapter out of several, and all of them together, as the command line has them.
+
+An option is a field of the methods that have it. `MethodOptions` is made of those fields.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from veneer.config.settings import Settings
 from veneer.config.values import Seed
@@ -18,13 +21,20 @@ class CatSettings(Settings):
     group: ClassVar[str] = "Method"
 
 
-class LinearSettings(CatSettings):
-    """What every method has whose result can be brought to a lower rank."""
+class CutSettings(Settings):
+    """How much stays of what is brought to a lower rank."""
+
+    group: ClassVar[str] = "Rank"
 
     rank: int | None = Field(default=None, ge=1, description="highest rank of a layer; default: as high as it takes")
     energy: float | None = Field(
         default=None, gt=0, le=1, description="keep this share of each layer's squared norm, at the lowest rank"
     )
+
+
+class LinearSettings(CutSettings, CatSettings):
+    """What every method has whose result can be brought to a lower rank."""
+
     scale: float = Field(default=1.0, description="multiply the result")
     exact: bool = Field(default=False, description="Householder QR in float64 throughout, two to three times slower")
 
@@ -90,3 +100,64 @@ class OrthogonalSettings(LinearSettings):
     protect: float = Field(
         default=1.0, gt=0, le=1, description="share of the squared norm so far whose directions are kept free"
     )
+
+
+# method -> its settings; veneer.merge.table has the methods themselves.
+SETTINGS: dict[str, type[CatSettings]] = {
+    "linear": LinearSettings,
+    "cat": CatSettings,
+    "svd": SvdSettings,
+    "magnitude": MagnitudeSettings,
+    "ties": TiesSettings,
+    "dare_linear": DareSettings,
+    "dare_ties": DareSettings,
+    "knots": KnotsSettings,
+    "core": CoreSettings,
+    "tsv_m": TsvSettings,
+    "iso_c": IsoSettings,
+    "iso_cts": IsoCtsSettings,
+    "orthogonal": OrthogonalSettings,
+    "compress": CompressSettings,
+}
+
+
+def methods_with(option: str) -> list[str]:
+    """The methods that have this option."""
+    return [method for method, settings in SETTINGS.items() if option in settings.model_fields]
+
+
+def spelt(methods: list[str]) -> str:
+    """Their names; of nearly all, the names of the others."""
+    others = [method for method in SETTINGS if method not in methods]
+    return ", ".join(methods) if len(others) > 2 else f"all but {', '.join(others)}" if others else "all"
+
+
+def _described(option: str) -> str:
+    """What the option does in each method that has it, and its default there."""
+    told: dict[str, list[str]] = {}
+    for method in methods_with(option):
+        field = SETTINGS[method].model_fields[option]
+        default = "" if field.default is None or field.default is False else f" [{field.default}]"
+        told.setdefault(f"{field.description}{default}", []).append(method)
+    return " / ".join(f"{text} ({spelt(methods)})" for text, methods in told.items())
+
+
+def _options() -> dict[str, Any]:
+    """Every option of every method as a field that need not be given."""
+    found: dict[str, Any] = {}
+    for settings in SETTINGS.values():
+        for name, field in settings.model_fields.items():
+            kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            found.setdefault(name, (kind | None, Field(default=None, description=_described(name))))
+    return found
+
+
+OPTIONS = tuple(_options())
+
+if TYPE_CHECKING:
+
+    class MethodOptions(Settings):
+        """All options of all methods, None where not given."""
+else:
+    MethodOptions = create_model("MethodOptions", __base__=Settings, __module__=__name__, **_options())
+    MethodOptions.group = "Options of the methods"

@@ -127,6 +127,7 @@ Columns = Annotated[
 ]
 Counts = Annotated[list[Annotated[int, Field(ge=1)] | None], BeforeValidator(_counts), Metavar("N,...")]
 Shares = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(split_list), Metavar("X,...")]
+Weights = Annotated[list[float], BeforeValidator(split_list), Metavar("X,...")]
 Folder = Annotated[str, Field(min_length=1), Metavar("FOLDER")]
 ModelName = Annotated[str, Field(min_length=1), Metavar("MODEL")]
 Names = Annotated[list[str], BeforeValidator(split_list), Metavar("A,B,...")]

@@ -182,30 +182,6 @@ class PreviewSettings(ColumnSettings):
     add_tokens: Names = Field(default=[], description="words that become tokens, as for train")
 
 
-class MergeSettings(BaseSettings):
-    """An adapter becomes part of its base."""
-
-    group: ClassVar[str] = "Merge"
-
-    adapters: Annotated[Folders, Field(min_length=1)] = Field(description="adapter folder")
-    into_base: bool = Field(default=False, description="add the adapter to the weights of its base")
-    output: Folder = Field(description="folder for the merged model")
-
-    @model_validator(mode="after")
-    def _complete(self) -> MergeSettings:
-        if not self.into_base:
-            raise PydanticCustomError("into_base", "adapters are merged into their base only: add `into_base`")
-        if len(self.adapters) > 1:
-            raise PydanticCustomError("one", "one adapter is merged into the base at a time")
-        if self.storage != "dense":
-            raise PydanticCustomError(
-                "dense",
-                "the update is added to the dense weights, whatever it was trained on; leave {options} out",
-                {"options": " and ".join(f"`{name}`" for name in self.storage_options())},
-            )
-        return self
-
-
 class InspectSettings(BaseSettings):
     """What adapters are, alone and beside each other."""
 

@@ -11,6 +11,7 @@ Shapes: a_RI, b_OR with I inputs, O outputs, R rank; K = min(O, I, R), the most 
 """
 
 from veneer.lowrank.algebra import Factors, add, concatenate, scale, subtract, without_zeros
+from veneer.lowrank.dense import Nearest, nearest
 from veneer.lowrank.frame import Frame, frame
 from veneer.lowrank.overlap import Overlap, cosine, inner, overlap, principal_angles
 from veneer.lowrank.spectrum import effective_rank, norm, singular_values, svd
@@ -20,6 +21,7 @@ __all__ = [
     "NEGLIGIBLE",
     "Factors",
     "Frame",
+    "Nearest",
     "Overlap",
     "Truncated",
     "add",
@@ -29,6 +31,7 @@ __all__ = [
     "effective_rank",
     "frame",
     "inner",
+    "nearest",
     "norm",
     "overlap",
     "principal_angles",

@@ -212,7 +212,7 @@ def _notes(
         notes.append(f"whether the base that {target} serves has these layers is not checked; --base-model checks it")
     if len(adapters) > 1:
         try:
-            notes += check_parents(adapters)
+            notes += check_parents(adapters, [one.name for one in found])
         except (NotMergeable, WrongBaseError) as error:
             notes.append("as they are, they cannot be merged. " + str(error))
     more = [f"{len(notes) - _NOTES} more notes"] if len(notes) > _NOTES else []

@@ -17,9 +17,11 @@ import torch
 from veneer.adapter.card import Adapter, Card
 from veneer.errors import AdapterError, ConfigError, listed
 from veneer.merge.layer import Layer, merge_layer
+from veneer.merge.leveled import leveled
 from veneer.merge.method import Merge, Parent
 from veneer.merge.parents import check_parents, common, common_base, layers
 from veneer.merge.recipe import Recipe
+from veneer.merge.summary import by_kind
 from veneer.merge.table import merge_named
 from veneer.model.progress import shown
 
@@ -55,11 +57,15 @@ class CombineReport:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "recipe": self.recipe.to_json()}
+        return {**asdict(self), "recipe": self.recipe.to_json(), "kinds": by_kind(self.layers)}
 
 
-def combine(adapters: Sequence[Adapter], recipe: Recipe, progress: bool = True) -> tuple[Adapter, CombineReport]:
+def combine(
+    adapters: Sequence[Adapter], recipe: Recipe, progress: bool = True, names: Sequence[str] | None = None
+) -> tuple[Adapter, CombineReport]:
     """One adapter out of several. Layers that an adapter lacks count as zero there, which the report says.
+
+    names: how the adapters are called in messages, by their places in the list if left out.
 
     The order of the adapters does not change a bit of the result, unless the method says that it counts. Raises
     ConfigError for another number of weights than of adapters, WrongBaseError for adapters of several bases,
@@ -67,15 +73,15 @@ def combine(adapters: Sequence[Adapter], recipe: Recipe, progress: bool = True) 
     """
     if len(adapters) != len(recipe.weights):
         raise ConfigError(f"weights: got {len(recipe.weights)} for {len(adapters)} adapters; give one for each")
-    notes = check_parents(adapters)
+    notes = check_parents(adapters, names or [f"adapter {i + 1}" for i in range(len(adapters))])
     merge = merge_named(recipe.method)
     identities = [adapter.identity for adapter in adapters]
     given = list(zip(identities, recipe.weights, adapters, strict=True))
     if not merge.ordered:  # sums of the same numbers in the same order: equal to the bit
         given.sort(key=lambda one: one[:2])
     stacks = {module: _parents(module, given) for module in layers([adapter for _, _, adapter in given])}
-    merged = _merge_all(merge, stacks, recipe, progress)
-    report = _report(recipe, identities, merged, notes)
+    merged = merge_layers(merge, stacks, recipe, progress)
+    report = report_of(recipe, identities, merged, notes)
     return _adapter(adapters, merged, report), report
 
 
@@ -87,7 +93,10 @@ def _parents(module: str, given: Sequence[tuple[str, float, Adapter]]) -> list[P
     ]
 
 
-def _merge_all(merge: Merge, stacks: Mapping[str, list[Parent]], recipe: Recipe, progress: bool) -> dict[str, Layer]:
+def merge_layers(
+    merge: Merge, stacks: Mapping[str, Sequence[Parent]], recipe: Recipe, progress: bool
+) -> dict[str, Layer]:
+    """Every layer by itself. Raises AdapterError with all that cannot be merged."""
     settings, threads = recipe.settings, torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
     tasks = {module: pool.submit(merge_layer, merge, parents, settings) for module, parents in stacks.items()}
@@ -103,10 +112,13 @@ def _merge_all(merge: Merge, stacks: Mapping[str, list[Parent]], recipe: Recipe,
         torch.set_num_threads(threads)  # what one thread sets, MKL takes for all
     if faults:
         raise AdapterError(listed("These layers cannot be merged:", faults, "Nothing was made."))
-    return merged
+    return leveled(merged)
 
 
-def _report(recipe: Recipe, identities: Sequence[str], merged: Mapping[str, Layer], notes: list[str]) -> CombineReport:
+def report_of(
+    recipe: Recipe, identities: Sequence[str], merged: Mapping[str, Layer], notes: list[str]
+) -> CombineReport:
+    """What was left of the layers; notes on the arithmetic are added to those given."""
     degenerate = [module for module, layer in merged.items() if layer.degenerate]
     if degenerate:
         many = f"{len(degenerate)} of {len(merged)} layers, such as {degenerate[0]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from transformers import PreTrainedModel
 from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
 from veneer.bases.base import Base
-from veneer.errors import ConfigError, ModelError
+from veneer.errors import ModelError
+from veneer.merge.folder import free, whole
 from veneer.methods.base import Method
 from veneer.model.added_tokens import added_by, tokenizer_of
 from veneer.model.load import DTYPES, Loaded, load
@@ -22,7 +22,6 @@ from veneer.model.packed import speaking
 from veneer.model.saving import make_dense
 from veneer.model.swap import base_at
 from veneer.model.text import text_config
-from veneer.places import check_folder
 
 SLOT = "merging"
 PROBE_TOKENS = 32
@@ -60,10 +59,7 @@ def merge_into_base(adapter_folder: str, base_model: str, output: str, dtype: st
     quantised, with the values that it stands for.
     Raises ConfigError when output holds files, WrongBaseError, NotMergeable; nothing half-written stays.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--output {output} exists and is not an empty folder; name another, or delete it first")
-    check_folder("--output", folder)
+    folder = free(output)
     adapter = Adapter.load(adapter_folder)
     loaded = load(base_model, "float32", device="cpu")
     chosen = _dtype(loaded.model, dtype)
@@ -121,20 +117,13 @@ def _rounding(method: Method, base: Base, dtype: torch.dtype) -> tuple[float, fl
 
 def _write(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype, ids: Tensor) -> Tensor:
     """Writes the model folder, whole or not at all; returns the logits of what plain transformers reads back."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         got = _logits(type(model).from_pretrained(partial, dtype=dtype), None, ids)
         if not torch.isfinite(got).all():
             raise ModelError("the merged model gives logits that are not finite; nothing was written, keep the adapter")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-        return got
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return got
 
 
 Roundings = dict[str, tuple[float, float]]  # layer -> ‖stored - merged‖, ‖ΔW‖

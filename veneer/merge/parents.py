@@ -6,33 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from veneer.adapter.card import Adapter
-from veneer.adapter.faults import add_fault
+from veneer.adapter.faults import SHOWN, add_fault
 from veneer.errors import NotMergeable, WrongBaseError, listed
 from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
 
 _SHOWN_PARTS = ("template",)  # of a fingerprint: said, never refused
 
 
-def check_parents(adapters: Sequence[Adapter]) -> list[str]:
-    """Notes on what does not stop a merge.
+def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
+    """Notes on what does not stop a merge. names: how the adapters are called in messages.
 
     Raises NotMergeable for adapters that hold more than a low-rank update, WrongBaseError for those that were not
     trained on one base; each with all faults.
     """
-    _check_methods(adapters)
-    faults, notes = _other_bases(adapters)
-    faults += _other_shapes(adapters)
+    _check_methods(adapters, names)
+    faults, notes = _other_bases(adapters, names)
+    faults += _other_shapes(adapters, names)
     if faults:
-        raise WrongBaseError(listed("These adapters are not of one base:", faults, "Merge those of one base only."))
-    unverified = [place(i) for i, adapter in enumerate(adapters) if adapter.card.base is None]
-    if unverified:
-        notes.append(f"base unverified: not recorded by {', '.join(unverified)}")
-    return notes + _missing_layers(adapters)
+        raise WrongBaseError(
+            listed("These adapters are not of one base:", _some(faults), "Merge those of one base only.")
+        )
+    notes = _some(notes)
+    unverified = [name for name, adapter in zip(names, adapters, strict=True) if adapter.card.base is None]
+    add_fault(notes, "base unverified, not recorded", unverified)
+    return notes + _some(_missing_layers(adapters, names))
 
 
-def place(index: int) -> str:
-    """How an adapter is called in messages: by its place in the list given."""
-    return f"adapter {index + 1}"
+def _some(lines: list[str]) -> list[str]:
+    """Of many lines, as three hundred adapters give, the first."""
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"and {len(lines) - SHOWN} more of these"]
 
 
 def common_base(adapters: Sequence[Adapter]) -> Fingerprint | None:
@@ -53,9 +55,9 @@ def layers(adapters: Sequence[Adapter]) -> list[str]:
     return list(dict.fromkeys(module for adapter in adapters for module in adapter.modules()))
 
 
-def _check_methods(adapters: Sequence[Adapter]) -> None:
+def _check_methods(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
     faults = [
-        f"{place(i)} is {adapter.card.method}: beside B·A it learned {', '.join(_more(adapter))}, which no sum of "
+        f"{names[i]} is {adapter.card.method}: beside B·A it learned {', '.join(_more(adapter))}, which no sum of "
         "low-rank updates holds"
         for i, adapter in enumerate(adapters)
         if _more(adapter)
@@ -72,7 +74,7 @@ def _more(adapter: Adapter) -> list[str]:
     return [names.get(kind, kind) for kind in kinds]
 
 
-def _other_bases(adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
+def _other_bases(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Faults and notes: what each adapter records otherwise than one before it."""
     faults: list[str] = []
     notes: list[str] = []
@@ -84,11 +86,11 @@ def _other_bases(adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
             told |= {difference.part for difference in new}
             for difference in new:
                 where = notes if difference.part in _SHOWN_PARTS else faults
-                where.append(f"{difference.part} of the base: {place(i)} was trained on another than {place(j)}")
+                where.append(f"{difference.part} of the base: {names[i]} was trained on another than {names[j]}")
     return faults, notes
 
 
-def _other_shapes(adapters: Sequence[Adapter]) -> list[str]:
+def _other_shapes(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
     seen: dict[str, tuple[int, int, int]] = {}
     faults: list[str] = []
     found = []
@@ -98,17 +100,17 @@ def _other_shapes(adapters: Sequence[Adapter]) -> list[str]:
             j, outputs, inputs = seen.setdefault(module, (i, len(b_OR), a_RI.shape[1]))
             if (len(b_OR), a_RI.shape[1]) != (outputs, inputs):
                 here, there = [len(b_OR), a_RI.shape[1]], [outputs, inputs]
-                found.append(f"{module} ({place(j)} {there}, {place(i)} {here})")
+                found.append(f"{module} ({names[j]} {there}, {names[i]} {here})")
     add_fault(faults, "layers of other shapes [out, in]", found)
     return faults
 
 
-def _missing_layers(adapters: Sequence[Adapter]) -> list[str]:
+def _missing_layers(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
     every, notes = layers(adapters), []
     for i, adapter in enumerate(adapters):
         own = set(adapter.modules())
         told: list[str] = []
         missing = [module for module in every if module not in own]
-        add_fault(told, f"{place(i)} has nothing for {len(missing)} of {len(every)} layers, zero there", missing, 2)
+        add_fault(told, f"{names[i]} has nothing for {len(missing)} of {len(every)} layers, zero there", missing, 2)
         notes += told
     return notes

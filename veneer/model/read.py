@@ -65,6 +65,16 @@ def read_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def read_shapes(source: Source) -> PreTrainedModel:
+    """The model without weights, on the meta device: its modules, the names of its tensors and their shapes."""
+    kind, config = _kind(source), read_config(source)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise unknown(source.name, _first_line(error)) from error
+
+
 def from_pretrained(source: Source, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """transformers' model and what it tells of missing, unexpected and mismatched tensors."""
     try:
