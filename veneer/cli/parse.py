@@ -13,6 +13,7 @@ from veneer.config import SHORTHANDS, Option, Settings, options_of, read, read_y
 from veneer.config.faults import unknown
 
 S = TypeVar("S", bound=Settings)
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 
 
@@ -142,7 +143,8 @@ class _Line:
             elif self.open:
                 self._set(self.open, word)
             else:
-                self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml")
+                hint = f"; did you mean --dataset {word}?" if "dataset" in self.known and word.endswith(_DATA) else ""
+                self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml{hint}")
 
     def _is_flag(self, name: str) -> bool:
         option: Option | None = self.known.get(name)
