@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import veneer
 from veneer.adapter.attach import attach, detach, merge_into, methods_of
 from veneer.adapter.card import Adapter
 from veneer.adapter.patterns import matched
@@ -308,6 +309,7 @@ def test_take_reads_without_touching(pico):
     randomise(model)
     before = logits(model)
     adapter = take(model, base_name="tiny", training={"steps": 3})
+    assert adapter.card.veneer_version == veneer.__version__ or veneer.__version__ == "unknown"
     assert sorted(adapter.modules()) == sorted(methods_of(model, "default"))
     assert (
         adapter.card.base_name == "tiny"

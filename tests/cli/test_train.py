@@ -44,6 +44,22 @@ def test_trains_and_tells(veneer: Any, calls: list[Any]) -> None:
     assert "note: learning rate 2e-3" in answer.err
 
 
+def test_notes_are_told_once(veneer: Any, calls: list[Any]) -> None:
+    assert "learning rate 2e-3" not in veneer(*GIVEN).err  # training says them beside its bar
+
+
+def test_a_run_that_is_to_go_on_without_its_settings(veneer: Any, calls: list[Any], tmp_path: Path) -> None:
+    answer = veneer("train", "--output-dir", tmp_path, "--resume")
+    assert (answer.code, calls) == (2, [])
+    assert "veneer train OUTPUT_DIR/run.yaml --resume" in answer.err
+    assert "run.yaml" not in veneer("train", "--output-dir", tmp_path).err
+
+
+def test_data_that_stands_alone(veneer: Any, calls: list[Any]) -> None:
+    assert "did you mean --dataset rows.csv?" in veneer("train", "rows.csv").err
+    assert "did you mean" not in veneer("train", "rows").err
+
+
 def test_one_json_object_is_all_there_is(veneer: Any, calls: list[Any]) -> None:
     answer = veneer(*GIVEN, "--json")
     assert json.loads(answer.out) == RESULT

@@ -47,6 +47,22 @@ def test_the_place_inside_a_value_is_named() -> None:
         RunConfig.from_flat({**GIVEN, "rank_pattern": {"q_proj": 0, "v_proj": 4}})
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("Frage=prompt,Antwort=completion", r"wanted prompt=Frage,completion=Antwort: the name that veneer knows"),
+        ("Frage=text,text=Frage", r"columns\[Frage\]"),
+        ("prompt=text", None),  # a column may be called like one of ours
+    ],
+)
+def test_columns_the_other_way_round(typed: str, told: str | None) -> None:
+    if told is None:
+        assert RunConfig.from_flat({**GIVEN, "columns": typed}).data.columns == {"prompt": "text"}
+        return
+    with pytest.raises(ConfigError, match=told):
+        RunConfig.from_flat({**GIVEN, "columns": typed})
+
+
 def test_the_branches_of_a_union_are_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"target_modules: got 3, wanted 'all-linear' or a list$"):
         RunConfig.from_flat({**GIVEN, "target_modules": 3})

@@ -166,7 +166,7 @@ def test_what_the_template_itself_refuses_is_told_row_by_row(tokenizer_of):
     with pytest.raises(DataError) as caught:
         encode_rows([bad, {"prompt": "a", "completion": "b"}, bad], template, LONG, "rows.jsonl")
     assert "2 of 3 rows" in str(caught.value)
-    assert "row 3: the chat template of small-test-tokenizer refuses it: roles must alternate" in str(caught.value)
+    assert "rows 1, 3: the chat template of small-test-tokenizer refuses it: roles must alternate" in str(caught.value)
 
 
 @pytest.mark.parametrize(("starts", "opening"), [(False, ""), (True, "<s>")])
@@ -212,10 +212,31 @@ def test_every_row_without_supervision_is_counted_and_five_are_named(chatml):
         encode_rows(rows, Template(chatml), 100, "rows.jsonl")
     message = str(caught.value)
     assert message.startswith("rows.jsonl: 8 of 9 rows cannot be trained on:")
-    assert "row 2: `completion` is empty" in message
-    assert "tokens come before the reply, max_length is 100" in message
-    assert message.count("\n  - row") == 5
-    assert "and 3 more" in message
+    assert "rows 2, 3, 4, 5: `completion` is empty" in message
+    assert "row 6: " in message and "tokens come before the reply, max_length is 100" in message
+    assert "rows 7, 8, 9: has the fields 'text'" in message
+    assert "--columns" in message
+
+
+def test_alike_faults_are_one_line_and_different_ones_are_cut(chatml):
+    rows = [{"question": "a"}] * 8 + [{"prompt": "a", f"reply{n}": "b"} for n in range(7)]
+    with pytest.raises(DataError) as caught:
+        encode_rows(rows, Template(chatml), 100, "rows.jsonl")
+    assert "  - rows 1, 2, 3, 4, 5 and 3 more: has the fields 'question'\n" in str(caught.value)
+    assert (
+        "row 12: " in str(caught.value) and "row 13: " not in str(caught.value) and "and 3 more\n" in str(caught.value)
+    )
+
+
+def test_an_empty_cell_is_not_answered_with_names_of_columns(chatml):
+    with pytest.raises(DataError, match="mend these rows") as caught:
+        encode_rows([GOOD, {"prompt": "a", "completion": ""}], Template(chatml), 100, "rows.jsonl")
+    assert "--columns" not in str(caught.value)
+
+
+def test_a_turn_without_its_text_names_what_it_has(chatml):
+    with pytest.raises(DataError, match=r"row 1: `messages\[1\]` has only `from`, wanted an object with `role`"):
+        encode_rows([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt"}]}], Template(chatml), 100, "r")
 
 
 def test_not_strict_leaves_rows_out_and_lists_them(chatml):

@@ -55,7 +55,7 @@ def test_all_broken_lines_are_counted_and_the_first_named_by_number(tmp_path):
         read_rows(written(tmp_path, content))
     message = str(caught.value)
     assert "8 of 9 lines" in message
-    assert "line 3: broken JSON" in message
+    assert "line 3: broken JSON" in message and "line 1" not in message
     assert "line 4: got a list, wanted an object" in message
     assert "line 5: got null" in message
     assert "line 6: not UTF-8: byte 0xff at position 1" in message

@@ -16,9 +16,14 @@ from tests.adapter.test_hub import FakeHub, answered, there  # noqa: F401
 from tests.train.conftest import digits, pico_folder  # noqa: F401
 from veneer.adapter.card import Adapter
 from veneer.config import PushSettings, RunConfig
-from veneer.errors import AdapterError, HubError
+from veneer.errors import AdapterError, ConfigError, HubError
 from veneer.evaluate.finetune import finetune
 from veneer.evaluate.publish import publish
+
+
+def test_options_have_names() -> None:
+    with pytest.raises(ConfigError, match=r"got 'smollm2', wanted options by name, base_model="):
+        finetune("smollm2")  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -74,8 +75,16 @@ def _card(
         or getattr(model, "name_or_path", ""),
         storage=storage or _storage(model, methods),
         training=training,
+        veneer_version=_version(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _version() -> str:
+    try:
+        return version("veneer")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return ""
 
 
 def _storage(model: nn.Module, methods: dict[str, Method]) -> str:

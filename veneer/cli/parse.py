@@ -14,6 +14,7 @@ from veneer.config.faults import unknown
 
 S = TypeVar("S", bound=Settings)
 _SHORT = {"-o": "--output"}
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _YES_NO = {"true", "false", "yes", "no", "on", "off"}
 
 
@@ -152,7 +153,8 @@ class _Line:
                 first, second = self.command.positional, self.command.second
                 self._set(second if second and first in self.options else first, word)
             else:
-                self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml")
+                hint = f"; did you mean --dataset {word}?" if "dataset" in self.known and word.endswith(_DATA) else ""
+                self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml{hint}")
 
     def _is_flag(self, name: str) -> bool:
         option: Option | None = self.known.get(name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from veneer.cli.output import print_facts, print_json, say
 from veneer.cli.parse import Command, Parsed, parse
 from veneer.config import RunConfig
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.train.ranks import Ranks
@@ -28,11 +29,21 @@ COMMAND = Command(
 
 def run(argv: Sequence[str]) -> int:
     """Train, or tell what it would take."""
-    parsed = parse(argv, COMMAND)
+    parsed = _parsed(argv)
     from veneer.train.ranks import joined
 
     with joined() as ranks:
         return _measure(parsed, ranks) if "dry_run" in parsed.on else _train(parsed, ranks)
+
+
+def _parsed(argv: Sequence[str]) -> Parsed[RunConfig]:
+    """A run that is to go on needs all of its settings, which stand in its folder."""
+    try:
+        return parse(argv, COMMAND)
+    except ConfigError as error:
+        if "--resume" not in argv or any(word.endswith((".yaml", ".yml")) for word in argv):
+            raise
+        raise ConfigError(f"{error}\nA run goes on with: veneer train OUTPUT_DIR/run.yaml --resume") from None
 
 
 def _measure(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
@@ -49,9 +60,9 @@ def _measure(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
 def _train(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
     from veneer.evaluate.finetune import finetune
 
-    config = parsed.settings
+    config, progress = parsed.settings, "no_progress" not in parsed.on
     try:
-        done = finetune(config, resume="resume" in parsed.on, progress="no_progress" not in parsed.on)
+        done = finetune(config, resume="resume" in parsed.on, progress=progress)
     except KeyboardInterrupt:
         if ranks.is_main:
             say("\n" + how_to_go_on(config.output_dir))
@@ -59,7 +70,8 @@ def _train(parsed: Parsed[RunConfig], ranks: Ranks) -> int:
     if not ranks.is_main:
         return 0
     facts = done.training.to_json() | ({"address": done.address} if done.address else {})
-    print_facts("trained", facts, json=parsed.json)
+    said = ("notes", "warnings") if progress else ()  # as they came up, beside the bar
+    print_facts("trained", {name: fact for name, fact in facts.items() if name not in said}, json=parsed.json)
     say(f"next: veneer eval --adapter {config.output_dir} --dataset HELD_OUT.jsonl")
     if parsed.json:
         print_json(facts)

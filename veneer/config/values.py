@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
@@ -34,6 +34,19 @@ def split_dict(value: Any) -> Any:
     if value.lstrip().startswith("{"):
         return _json(value, dict)
     return dict(_pair(item) for item in value.split(",") if item.strip())
+
+
+def _columns(value: Any) -> Any:
+    """Our names stand first; written the other way round, the right way is told."""
+    value = split_dict(value)
+    if (
+        isinstance(value, dict)
+        and value
+        and all(their in COLUMNS and our not in COLUMNS for our, their in value.items())
+    ):
+        right = ",".join(f"{their}={our}" for our, their in value.items())
+        raise PydanticCustomError("turned", "{right}: the name that veneer knows stands first", {"right": right})
+    return value
 
 
 def _pair(item: str) -> tuple[str, str]:
@@ -120,11 +133,9 @@ def _counts(value: Any) -> Any:
 Text = Annotated[str, Metavar("TEXT")]
 File = Annotated[str, Field(min_length=1), Metavar("FILE")]
 Files = Annotated[File | list[File], BeforeValidator(_one_or_list), Metavar("FILE ...")]
-Columns = Annotated[
-    dict[Literal["prompt", "completion", "messages", "text", "chosen", "rejected", "tools", "references"], str],
-    BeforeValidator(split_dict),
-    Metavar("NAME=COLUMN,..."),
-]
+Column = Literal["prompt", "completion", "messages", "text", "chosen", "rejected", "tools", "references"]
+COLUMNS = get_args(Column)
+Columns = Annotated[dict[Column, str], BeforeValidator(_columns), Metavar("NAME=COLUMN,...")]
 Counts = Annotated[list[Annotated[int, Field(ge=1)] | None], BeforeValidator(_counts), Metavar("N,...")]
 Shares = Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(split_list), Metavar("X,...")]
 Weights = Annotated[list[float], BeforeValidator(split_list), Metavar("X,...")]

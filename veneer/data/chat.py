@@ -16,8 +16,18 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from veneer.data.examples import EncodedRows, Example
-from veneer.data.files import read_each, shortened
-from veneer.data.layouts import WANTED_ROW, Conversation, Message, conversation, read_conversation, renamed, untrained
+from veneer.data.files import by_fault, read_each
+from veneer.data.layouts import (
+    MEND_ROWS,
+    UNKNOWN_FIELDS,
+    WANTED_ROW,
+    Conversation,
+    Message,
+    conversation,
+    read_conversation,
+    renamed,
+    untrained,
+)
 from veneer.data.tools import Tools
 from veneer.errors import DataError, listed
 
@@ -48,8 +58,9 @@ def encode_rows(
     examples = template.encode_all(conversations, max_length, faults)
     notes = [*template.notes, *_notes(rows, examples, template, max_length), *_marks(conversations.values())]
     if faults:
-        lines = shortened([f"row {index + 1}: {faults[index]}" for index in sorted(faults)])
-        notes.append(listed(f"{path}: {len(faults):,} of {len(rows):,} rows cannot be trained on:", lines, WANTED_ROW))
+        headline = f"{path}: {len(faults):,} of {len(rows):,} rows cannot be trained on:"
+        strange = any(UNKNOWN_FIELDS in fault for fault in faults.values())
+        notes.append(listed(headline, by_fault(faults), WANTED_ROW if strange else MEND_ROWS))
     if (faults and strict) or not examples:
         raise DataError(notes[-1] if faults else f"{path} has no rows. {WANTED_ROW}")
     dropped = sum(example.dropped for example in examples)

