@@ -27,7 +27,9 @@ def provenance(held: dict[str, Any]) -> str:
     versions = {f"{name} {version}" for made in entries for name, version in made["versions"].items()}
     gpus, days = {made["gpu"]["name"] for made in entries}, {made["date"] for made in entries}
     ceiling = held.get("ceiling", {})
-    rates = ", ".join(f"{ceiling[f'{kind}_tflops']:.0f} TFLOP/s in {kind}" for kind in ("bf16", "fp8") if ceiling)
+    rates = ", ".join(
+        f"{ceiling[f'{kind}_tflops']:.0f} TFLOP/s in {kind}" for kind in ("bf16", "fp8") if f"{kind}_tflops" in ceiling
+    )
     most = f" The ceiling, measured by the same call: {rates}." if rates else ""
     return f"{' and '.join(sorted(gpus))}, {', '.join(sorted(days))}; {', '.join(sorted(versions))}.{most}"
 

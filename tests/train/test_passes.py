@@ -11,9 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
 from veneer.adapter.attach import attach, methods_of
 from veneer.config import LoraSettings
+from veneer.errors import ModelError
+from veneer.model.packed import check_positions
 from veneer.model.varlen import varlen_of
 from veneer.train.passes import (
     GRAPHS,
@@ -56,6 +59,35 @@ def gradients(model, given: Pass):
     return losses_N, [p.grad for p in model.parameters() if p.grad is not None]
 
 
+def test_attention_with_caps_is_computed_by_lengths_and_never_on_buffers():
+    config = Gemma2Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = attach(Gemma2ForCausalLM(config).eval(), LoraSettings(r=2), "default")
+    passes = Passes(model, graphs=True)
+    assert not passes.graphs
+    given = ready(model, [50, 37, 20])
+    assert torch.equal(passes(given), computed(model, given))
+    shape = shape_of(ready(model, [50, 37, 20]))
+    assert shape is not None
+    with pytest.raises(RuntimeError, match="whose lengths are not"):
+        computed(model, buffers(shape, torch.device("cpu")))
+
+
+def test_positions_are_checked_of_sequences_and_not_of_buffers():
+    config = OPTConfig(
+        vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = attach(OPTForCausalLM(config).eval(), LoraSettings(r=2), "default")
+    given = ready(model, [50, 37])
+    check_positions(model, buffers(shape_of(given), torch.device("cpu")).stream)
+    with pytest.raises(ModelError, match="a sequence of 65 tokens"):
+        ready(model, [65, 3])
+
+
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=LENGTHS, second=LENGTHS)
 def test_a_pass_in_the_buffers_of_its_shape_computes_the_same(adapted, first, second):
@@ -69,7 +101,7 @@ def test_a_pass_in_the_buffers_of_its_shape_computes_the_same(adapted, first, se
         fill(here, other)
     fill(here, given)
     # On the CPU attention reads lengths where the GPU's kernel reads the plan's tensors.
-    stream = dataclasses.replace(here.stream, lengths=given.stream.lengths, parents=given.stream.parents)
+    stream = dataclasses.replace(here.stream, lengths=given.stream.lengths, parents=given.stream.parents, rounded=False)
     found, gradients_found = gradients(adapted, here._replace(stream=stream))
     assert torch.equal(found[: len(wanted)], wanted) and not found[len(wanted) :].any()
     for got, want in zip(gradients_found, gradients_wanted, strict=True):

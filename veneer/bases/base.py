@@ -86,6 +86,11 @@ class Base(nn.Module):
         """W as a plain (O, I) tensor in float32, a copy."""
         return self.decode(torch.float32)
 
+    def renew_norms(self) -> None:
+        """Brings norms that were asked for up to date: compiled code takes them as they are."""
+        if self._norms is not None:
+            self.row_norms()
+
     def row_norms(self) -> Tensor:
         """Euclidean norm of every output row, (O) in float32; computed once, since W is frozen."""
         if torch.compiler.is_compiling() and self._norms is not None:

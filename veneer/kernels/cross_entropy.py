@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.kernels.triton_here import has_triton
+
 BLOCK = 16  # rows that a core's cache holds in float32
 
 
@@ -16,7 +18,7 @@ def cross_entropy_(logits_MV: Tensor, tokens_M: Tensor, wanted: bool) -> Tensor:
 
     tokens_M: int64 in [0, V). Sums run in float32; the gradient, softmax - onehot, is rounded once to logits' dtype.
     """
-    if logits_MV.is_cuda:
+    if logits_MV.is_cuda and has_triton():
         from veneer.kernels.cross_entropy_triton import cross_entropy_ as triton_version
 
         return triton_version(logits_MV, tokens_M, wanted)

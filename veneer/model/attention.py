@@ -46,7 +46,11 @@ def packed_attention(
     if _witness is not None:
         _witness.see(attention_mask, how.window)
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    run = attend_varlen if half and how.softcap is None and how.sinks_H is None else attend_segments
+    plain = how.softcap is None and how.sinks_H is None
+    wiring = getattr(module, "veneer_wiring", None)
+    if wiring is not None and not plain:
+        wiring.by_lengths = True  # on any device: the probe at load tells
+    run = attend_varlen if half and plain else attend_segments
     return run(query[0], key[0], value[0], stream, how).unsqueeze(0), None
 
 

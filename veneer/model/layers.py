@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from veneer.bases.base import Base
 from veneer.bases.kept import decoded_once
 from veneer.model.gated import is_fused, is_gated
 from veneer.model.packed import Wiring, wiring_of
@@ -46,6 +47,8 @@ def arrange(
     ended and its parameters have their gradients.
     """
     as_they_were(model)
+    for base in [module for module in model.modules() if isinstance(module, Base)] if compiled else ():
+        base.renew_norms()
     wiring, function = wiring_of(model), torch.compile(_own_forward, backend=backend) if compiled else None
     mlp_function = torch.compile(own_forward, backend=backend) if compiled else own_forward
     layers, fused = decoder_layers(model), compiled and is_fused(next(model.parameters()).device)

@@ -115,7 +115,10 @@ def _device(device: str) -> torch.device:
             f"device {device!r} was asked for and torch sees no CUDA GPU; "
             "next: device='cpu', or install a CUDA build of torch"
         )
-    return torch.device(device)
+    place = torch.device(device)
+    if place.index is not None:
+        torch.cuda.set_device(place)  # where kernels are launched
+    return place
 
 
 def _way(source: Source, asked: Way) -> Way:

@@ -47,6 +47,7 @@ class Wiring:
         self.window: slice | None = None  # of the stream's rows: those that leaves are fed now; None: all
         self.voice: str | None = None  # the slot of ordinary calls; None is the base alone
         self.positions: int | None = None  # how many the model has an embedding of; None: any number
+        self.by_lengths = False  # some layer's attention needs the stream's lengths on the host
         self.probed = False
         self.fault: str | None = None  # why this model cannot take the packed path
 
@@ -102,6 +103,16 @@ def _attentive(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
 
 
+def check_positions(model: nn.Module, stream: Stream) -> None:
+    """Raises ModelError for a sequence longer than the positions that the model has embeddings of."""
+    most = wiring_of(model).positions
+    if most is not None and not stream.rounded and max(stream.seen) > most:
+        raise ModelError(
+            f"a sequence of {max(stream.seen)} tokens, and this model has positions for {most}; "
+            f"next: --max-length {most}"
+        )
+
+
 @contextmanager
 def running(model: nn.Module, stream: Stream) -> Iterator[None]:
     """While inside, `hidden_states` may be called and its graph run backward; leave it after backward has ended."""
@@ -113,11 +124,7 @@ def running(model: nn.Module, stream: Stream) -> Iterator[None]:
         raise ModelError(f"no slot named {', '.join(unknown)}; attached are: {', '.join(wiring.slots) or 'none'}")
     if wiring.stream is not None:
         raise RuntimeError("a stream is already running on this model; run one after the other")
-    if wiring.positions is not None and max(stream.seen) > wiring.positions:
-        raise ModelError(
-            f"a sequence of {max(stream.seen)} tokens, and this model has positions for {wiring.positions}; "
-            f"next: --max-length {wiring.positions}"
-        )
+    check_positions(model, stream)
     wiring.stream, wiring.whole = stream, whole(stream)
     if stream.token_ids_T.is_cuda:
         varlen_of(stream)

@@ -136,10 +136,12 @@ def _misfits(places: dict[str, Hollow], names: dict[str, str | None], shards: Sh
     mismatched = []
     for path, name in names.items():
         hollow = places[path]
-        if name is None or bnb.is_packed(name, shards.file_of):
+        if name is None:
             continue
         if hollow.biased and _bias(name) not in shards.file_of:
             missing.append(f"{path}.bias")
+        if bnb.is_packed(name, shards.file_of):
+            continue
         if shards.shape_of[name] != hollow.shape:
             mismatched.append(f"{name} (got {shards.shape_of[name]}, wanted {hollow.shape})")
     return {"missing_keys": missing, "mismatched_keys": mismatched}

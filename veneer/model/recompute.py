@@ -59,7 +59,6 @@ class Shelf:
     def __init__(self, device: torch.device) -> None:
         self.side = torch.cuda.Stream(device)
         self.hosts: dict[int, Tensor] = {}
-        self.outgrown: list[Tensor] = []  # a recorded graph may still copy to them
         self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self.coming: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self.shapes: dict[int, tuple[torch.Size, torch.dtype]] = {}
@@ -102,6 +101,5 @@ class Shelf:
     def _host(self, number: int, hidden: Tensor) -> Tensor:
         held = self.hosts.get(number)
         if held is None or held.numel() < hidden.numel() or held.dtype != hidden.dtype:
-            self.outgrown += [] if held is None else [held]
             self.hosts[number] = torch.empty(hidden.numel(), dtype=hidden.dtype, pin_memory=True)
         return self.hosts[number][: hidden.numel()]

@@ -28,6 +28,8 @@ SHORT = 640
 @torch.compiler.disable
 def attend_segments(q_HTD: Tensor, k_KTD: Tensor, v_KTD: Tensor, stream: Stream, how: Scores) -> Tensor:
     """(H, T, D), (K, T, D), (K, T, D) -> (T, H, D)."""
+    if stream.rounded:
+        raise RuntimeError("attention by a stream's lengths on buffers, whose lengths are not the stream's")
     kv_heads, how = k_KTD.shape[0], how.within(max(stream.seen))
     plain = how.softcap is None and how.sinks_H is None  # what torch's flash kernel computes
     key = ("buckets", kv_heads, how.window, plain)

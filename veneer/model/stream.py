@@ -52,6 +52,8 @@ class Stream:
     )  # slot -> key of this step; absent: no dropout
     parents: tuple[int | None, ...] = ()  # what each segment continues, an earlier one; empty: none continues another
     last: tuple[int, ...] = ()  # the segment each sequence ends in, N of them; empty: sequence i is segment i
+    # Whether other streams are copied into this one: then `lengths` is not theirs, and the plan on the device tells.
+    rounded: bool = False
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

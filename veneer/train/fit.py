@@ -6,6 +6,7 @@ fit: one that keeps one layer's, and one that keeps three.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from veneer.bases.kept import decoded_bytes
 from veneer.config import TrainSettings
 from veneer.kernels.triton_here import has_triton
 from veneer.model.layers import arrange, decoder_layers
+from veneer.model.packed import wiring_of
 from veneer.model.probe import HALF
 from veneer.train.feed import Feed
 from veneer.train.job import Job
-from veneer.train.memory import memory_explained
+from veneer.train.memory import is_out_of_memory, memory_explained
 from veneer.train.passes import Passes, computed
 from veneer.train.ranks import Ranks
 
@@ -48,9 +50,10 @@ def fit(model: nn.Module, job: Job, settings: TrainSettings, ranks: Ranks) -> Fi
         notes.append("all layers are computed twice, and each is updated as its backward ends (--optimizer-in-bwd)")
     if wanted == "auto" and (not on_gpu or settings.fsdp):
         wanted = on_gpu  # a base that is shared out for its size leaves little to measure
-    # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded; attention in float32
-    # is computed by the lengths of each stream.
+    # A sharded base is gathered, and offloaded inputs are copied, by calls that are not recorded; attention in float32,
+    # and with caps or sinks, is computed by the lengths of each stream.
     recordable = compiled and not settings.fsdp and wanted != "offload" and model.dtype in HALF
+    recordable = recordable and not wiring_of(model).by_lengths
     recordable = recordable and not settings.optimizer_in_bwd  # each of its steps has another learning rate
 
     def ended(layer: nn.Module) -> None:  # a function: a copied model takes no job with it
@@ -125,15 +128,18 @@ def _kept(measured: Measured, compiled: bool, layers: int) -> tuple[int, str | N
     arrange(measured.model, compiled, layers - MORE, decoded=_decodes_once(measured.model))
     try:
         more = measured.peak()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         more = float("inf")
     torch.cuda.empty_cache()
     kept, each = fitting(fewer, more, measured.most, layers), (more - fewer) / (MORE - FEWER)
     if kept == layers:
         return kept, None
+    takes = f"of one take {each / 2**30:.2f} GiB" if math.isfinite(each) else f"of {MORE} do not fit"
     return kept, (
-        f"{layers - kept} of {layers} layers are computed twice: at {measured.tokens:,} tokens the activations of one "
-        f"take {each / 2**30:.2f} GiB, and {max(0.0, measured.most - fewer) / 2**30:.1f} GiB are free for them"
+        f"{layers - kept} of {layers} layers are computed twice: at {measured.tokens:,} tokens the activations "
+        f"{takes}, and {max(0.0, measured.most - fewer) / 2**30:.1f} GiB are free for them"
     )
 
 

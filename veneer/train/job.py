@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veneer.config import TrainSettings
 from veneer.data.batches import Batches
 from veneer.data.examples import Unit
-from veneer.errors import CheckpointError, NonFiniteLossError, TrainingError
+from veneer.errors import CheckpointError, ConfigError, NonFiniteLossError, TrainingError
 from veneer.methods.base import Method
 from veneer.model.dropout import dropout_key
 from veneer.train.objective import Objective
@@ -31,6 +31,7 @@ from veneer.train.scale import LossScale
 from veneer.train.schedule import factor
 
 # What a checkpoint keeps of a job beside its tensors.
+OURS = ("values", "best", "loss_scale")  # tensors that are not the optimiser's
 PROGRESS = "step tokens seconds last_loss best_loss best_step evaluations_without_gain stopped_early".split()
 
 
@@ -74,6 +75,11 @@ class Job:
         self.objective = Objective(self.settings)
         self.total = total_steps(self.settings, len(self.train))
         self.batches = _batches(self.settings, len(self.train))
+        if self.scaled and self.settings.optimizer_in_bwd:
+            raise ConfigError(
+                "optimizer_in_bwd updates layers before it is known whether a float16 step overflowed; next: bfloat16, "
+                "or leave it out"
+            )
         self.parted = PartedParameters(by_layer(self.methods)) if self.settings.optimizer_in_bwd else None
         self.flat = self.parted or self._flat()
         self.optimizer = start_optimizer(self.flat, self.settings)
@@ -203,7 +209,8 @@ class Job:
         for name in PROGRESS:
             setattr(self, name, numbers[name])
         if self.step:
-            restore_optimizer(self.optimizer, tensors, numbers["optimizer"])
+            own = {name: tensor for name, tensor in tensors.items() if name not in OURS}
+            restore_optimizer(self.optimizer, own, numbers["optimizer"])
         self.flat.values_P.data.copy_(tensors["values"])
         if self.scale is not None:
             self.scale.state_3.copy_(tensors["loss_scale"])

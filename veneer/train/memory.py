@@ -95,7 +95,7 @@ def _lower(job: Job, named: bool, ranks: Ranks) -> list[str]:
 def _lower_base(model: nn.Module, ranks: Ranks) -> list[str]:
     """How the base would take less."""
     steps = []
-    if any(isinstance(module, Dense) for module in model.modules()):
+    if any(type(module) is Dense for module in model.modules()):
         steps.append("--load-in-4bit: the base takes a quarter of the memory of bfloat16")
     if (gpus := torch.cuda.device_count()) > 1 and ranks.world == 1:
         steps.append(f"torchrun --nproc-per-node {gpus} -m veneer.cli train ... --fsdp: the base shared by {gpus} GPUs")

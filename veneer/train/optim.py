@@ -207,7 +207,10 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers:
     """The inverse of `optimizer_state`. Parameters are to be restored after it.
 
     A step of rate 0 makes the state, wherever its kind of optimiser keeps it (paged memory, say); then it is filled.
+    Nothing is done where nothing was remembered: every step until then was skipped.
     """
+    if not tensors and not numbers:
+        return
     set_rate(optimizer, 0.0)
     held = [parameter.grad for _, parameter in _marked(optimizer)]
     for _, parameter in _marked(optimizer):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.model.losses import Loss, Targets, cross_entropy, targets_of
-from veneer.model.packed import running, whole
+from veneer.model.packed import check_positions, running, whole, wiring_of
 from veneer.model.stream import EVEN, Span, Stream, pack
 from veneer.model.varlen import Varlen, varlen_of
 from veneer.notes import tell
@@ -55,7 +55,8 @@ class Passes:
     """Computes passes, and remembers the shapes it has seen."""
 
     def __init__(self, model: nn.Module, graphs: bool = False) -> None:
-        self.model, self.graphs = model, graphs
+        # Attention that is computed by a stream's lengths cannot be computed on buffers that other streams come into.
+        self.model, self.graphs = model, graphs and not wiring_of(model).by_lengths
         self.held: dict[Shape, Recorded] = {}
         self.pool: tuple[int, int] | None = None  # the memory of all graphs: one runs at a time
 
@@ -74,6 +75,7 @@ class Passes:
         stream = pack(sequences, slots, "cpu", dropout_keys, share=True, multiple=EVEN)
         if self.graphs and len(stream.token_ids_T) > (1 - SAVES) * tokens:
             stream = pack(sequences, slots, "cpu", dropout_keys, multiple=grain(tokens))
+        check_positions(self.model, stream)  # here: buffers cannot tell it
         made = Pass(stream, targets_of(stream, trained), torch.tensor(weights), loss)
         if _device(self.model).type == "cpu":
             return made
@@ -202,7 +204,9 @@ def buffers(shape: Shape, device: torch.device) -> Pass:
     ids = torch.zeros(shape.tokens, dtype=torch.int64, device=device)
     lengths = (shape.equal,) * shape.segments if shape.equal else (shape.tokens, *(0,) * (shape.segments - 1))
     span = Span(0, shape.tokens, shape.slot)
-    stream = Stream(ids, torch.zeros_like(ids), lengths, (span,), last=tuple(range(shape.sequences + 1)))
+    stream = Stream(
+        ids, torch.zeros_like(ids), lengths, (span,), last=tuple(range(shape.sequences + 1)), rounded=not shape.equal
+    )
     starts, key_starts = (torch.zeros(shape.segments + 1, dtype=torch.int32, device=device) for _ in range(2))
     stream.plans["varlen"] = Varlen(starts, key_starts, shape.longest, shape.longest, shape.equal, None)
     targets = Targets(*torch.zeros(3, shape.targets, dtype=torch.int64, device=device))
