@@ -69,4 +69,5 @@ def qwen2_vl() -> Any:
 def model_of(config: Any) -> nn.Module:
     """A random model of the family, as `from_pretrained` would choose its class."""
     kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-    return kind.from_config(config).to(torch.float32).eval()
+    capped = getattr(config, "attn_logit_softcapping", None)  # which sdpa leaves out in transformers 5.17
+    return kind.from_config(config, **{"attn_implementation": "eager"} if capped else {}).to(torch.float32).eval()

@@ -11,8 +11,9 @@ from veneer.model.text import text_modules
 
 # In the order in which modules hold them, and in which PEFT nests its wrappers around a module.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-# What transformers' `use_experts_implementation` tells of a class of experts: all that computing them takes.
-_TOLD = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts", "_apply_gate")
+# What transformers' `use_experts_implementation` tells of a class of experts: all that computing them takes, but for
+# `has_post_expert_norm`, which 5.17 knows nothing of.
+_TOLD = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -5,7 +5,7 @@ Legend: T tokens, N sequences, M targets, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from veneer.kernels.cross_entropy import cross_entropy_
 from veneer.model.head import Head, head_of
 from veneer.model.losses import STREAM, chunk_of, streams_of, targets_of
 from veneer.model.packed import hidden_states, running
-from veneer.model.stream import EVEN, pack
+from veneer.model.stream import EVEN, Stream, mixed, pack
 
 
 class Likelihood(NamedTuple):
@@ -28,9 +28,9 @@ class Likelihood(NamedTuple):
 
 @torch.no_grad()
 def sequence_likelihoods(
-    model: nn.Module, examples: Sequence, slot: str | None, max_tokens: int = STREAM
+    model: nn.Module, examples: Sequence, slot: str | Mapping[str, float] | None, max_tokens: int = STREAM
 ) -> list[Likelihood]:
-    """The likelihood of every example, spoken by `slot` (None: the base).
+    """The likelihood of every example, spoken by `slot` (None: the base), or by several at a time, slot -> weight.
 
     examples: objects with `input_ids` and `targets`; packed into streams of at most max_tokens (or one example).
     Neighbours that begin alike, such as the choices of one question, share that beginning.
@@ -38,7 +38,7 @@ def sequence_likelihoods(
     device = next(model.parameters()).device
     results: list[Likelihood] = []
     for group in streams_of(examples, max_tokens):
-        stream = pack([example.input_ids for example in group], [slot] * len(group), device, share=True, multiple=EVEN)
+        stream = _packed(group, slot, device)
         targets = targets_of(stream, [example.targets for example in group])
         with running(model, stream):
             hidden_MD = hidden_states(model).float().index_select(0, targets.rows_M)
@@ -49,6 +49,12 @@ def sequence_likelihoods(
             Likelihood(nll, int(tokens), int(hits)) for nll, tokens, hits in zip(*map(_list, sums), strict=True)
         ]
     return results
+
+
+def _packed(group: Sequence, slot: str | Mapping[str, float] | None, device: torch.device) -> Stream:
+    one = None if isinstance(slot, Mapping) else slot
+    stream = pack([example.input_ids for example in group], [one] * len(group), device, share=True, multiple=EVEN)
+    return mixed(stream, slot) if isinstance(slot, Mapping) else stream
 
 
 def _head(hidden_MD: Tensor, head: Head, tokens_M: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -95,7 +95,14 @@ def wiring_of(model: nn.Module) -> Wiring:
             model.veneer_wiring.positions = learned_positions(model)
         for module in _attentive(model):  # decoder layers of some families do not hand on a stream given as an argument
             module.veneer_wiring = model.veneer_wiring
+            _heed_cap(module.config)
     return model.veneer_wiring
+
+
+def _heed_cap(config: Any) -> None:
+    """Has transformers compute the caps of Gemma 2's attention: its default, sdpa, leaves them out in 5.17."""
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        config._attn_implementation = "eager"
 
 
 def _attentive(model: nn.Module) -> list[nn.Module]:

@@ -137,7 +137,7 @@ def _forward(experts: Any, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tens
     else:
         inner_SI = experts.act_fn(product("up_proj", x_SD))
     y_SD = product("down_proj", inner_SI)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):
         y_SD = experts.post_expert_norm(y_SD)
     y_SD = y_SD * weight_TK.reshape(-1)[routes.order_S, None]
     return y_SD[routes.place_S].view(*expert_TK.shape, -1).sum(1).to(hidden_TD.dtype)

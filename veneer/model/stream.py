@@ -11,7 +11,7 @@ A causal model computes the same for them in every sequence, so results are the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
@@ -135,6 +135,12 @@ def pack(
     begins = _begins(lengths, parents)
     positions = torch.cat([torch.arange(n) + begin for n, begin in zip(lengths, begins, strict=True)])
     return Stream(ids.to(device), positions.to(device), lengths, _spans(lengths, owners), keys, parents, tuple(last))
+
+
+def mixed(stream: Stream, weights: Mapping[str, float]) -> Stream:
+    """The same tokens, with these slots speaking over all of them at a time, each with its weight."""
+    spans = tuple(Span(0, len(stream.token_ids_T), slot, weight) for slot, weight in weights.items())
+    return dataclasses.replace(stream, spans=spans)
 
 
 def _begins(lengths: Sequence[int], parents: Sequence[int | None]) -> list[int]:
