@@ -76,12 +76,15 @@ STORAGES = {
     "int8": {"load_in_8bit": True},
 }
 TRACKED = {"report_to": "tensorboard"} if importlib.util.find_spec("tensorboardX") else {}
+EARLIER = "an adapter that the fixture trains"
 SHARDED = {"fsdp": True, "max_steps": 3}
 CASES: dict[str, dict[str, Any]] = {
     "whole": {},
     "resumed": {},
     "few rows": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4} | TRACKED,
     "float16": {"dtype": "float16", "max_steps": 4},
+    "orthogonal": {"orthogonal_to": EARLIER, "orthogonal_lambda": 3, "max_steps": 4},
+    "sharded, orthogonal": {**SHARDED, "orthogonal_to": EARLIER, "orthogonal_lambda": 3, "orthogonal_start": False},
     "sharded": SHARDED,
     "sharded, few rows": {**SHARDED, "per_device_train_batch_size": 1},
     "sharded, recomputed": {**SHARDED, "gradient_checkpointing": True},
@@ -96,11 +99,14 @@ Options = Callable[..., dict[str, Any]]
 def options(pico_folder: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """options(case, who): flat options of a case, into a folder of its own."""
     home = tmp_path_factory.mktemp("ranks")
+    files = {"base_model": str(pico_folder), "dataset": str(digits)}
+    earlier = {**files, **COMMON, "output_dir": str(home / "earlier"), "seed": 1, "max_steps": 2}
+    run.train(RunConfig.from_flat(earlier), progress=False)
 
     def make(case: str, who: str) -> dict[str, Any]:
         output = home / who / case.replace(" ", "-")
-        given = {"base_model": str(pico_folder), "dataset": str(digits), "output_dir": str(output)}
-        return {**given, **COMMON, **CASES[case]}
+        asked = {**files, "output_dir": str(output), **COMMON, **CASES[case]}
+        return {name: earlier["output_dir"] if value is EARLIER else value for name, value in asked.items()}
 
     return make
 

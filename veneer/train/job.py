@@ -26,6 +26,7 @@ from veneer.train.optim import (
     set_rate,
     start_optimizer,
 )
+from veneer.train.orthogonal import Orthogonality
 from veneer.train.parts import PartedParameters, by_layer
 from veneer.train.scale import LossScale
 from veneer.train.schedule import factor
@@ -59,6 +60,8 @@ class Job:
     learning_rate: float
     methods: Mapping[str, Method]  # by path: what is trained
     scaled: bool = False  # whether losses are scaled: the products are in float16
+    orthogonality: Orthogonality | None = None  # to earlier adapters
+    term: Tensor | None = None  # what that added to the last step's loss
     step: int = 0  # optimiser steps taken
     tokens: int = 0  # gone through training steps, and the seconds they took, over all resumptions
     seconds: float = 0.0
@@ -155,6 +158,8 @@ class Job:
         rate, finite = self.rate, self.finite & torch.isfinite(loss)
         if self.scale is not None:
             self.flat.grads_P.div_(self.scale.value)
+        if self.orthogonality is not None:  # here, where gradients are summed over passes and processes, and unscaled
+            self.term = self.orthogonality.add_gradients()
         norm, taken = self.flat.step(self.optimizer, finite, self.settings.max_grad_norm)
         self.finite = taken if self.scale is None else finite & ~self.scale.update(finite, finite & ~taken)
         self.step += 1

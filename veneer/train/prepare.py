@@ -18,8 +18,10 @@ from veneer.model.load import Loaded, load, load_tokenizer
 from veneer.model.quantised import Way, check_way
 from veneer.train.allocator import growing_segments, keep_freed_memory
 from veneer.train.cautions import Facts, cautions
+from veneer.train.earlier import orthogonality, read_earlier
 from veneer.train.job import Job, total_steps
 from veneer.train.optim import check_optimizer
+from veneer.train.orthogonal import Orthogonality
 from veneer.train.ranks import Ranks
 from veneer.train.rows import TrainingData, read_data
 from veneer.train.schedule import Rate, choose_rate
@@ -43,7 +45,7 @@ class Prepared(NamedTuple):
 def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progress: bool = False) -> Prepared:
     """Reads data, and the base unless `loaded` is it, and attaches the adapter.
 
-    Raises ConfigError, DataError, ModelError.
+    Raises ConfigError, DataError, ModelError, AdapterError.
     """
     keep_freed_memory()
     growing_segments()
@@ -54,20 +56,22 @@ def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progr
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     known = extended(tokenizer, config.lora.add_tokens).tokenizer if config.lora.add_tokens else tokenizer
     data = read_data(config, known)  # before the weights: a fault in the data shows at once
+    earlier = read_earlier(config.orthogonal)
     dtype, device = _place(config)
     loaded = loaded or load(
         config.base_model, dtype, device, tokenizer=tokenizer, storage=config.storage, progress=progress
     )
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
+    apart = orthogonality(earlier, loaded.model, methods_of(loaded.model, SLOT), config.orthogonal)
     if config.train.fsdp:
         shard(loaded.model, ranks)
     _check_recompute(loaded.model, config.train.gradient_checkpointing)
     steps = total_steps(config.train, len(data.train))
     rate = choose_rate(config.train, config.lora, loaded.model.config, steps)
     methods, scaled = methods_of(loaded.model, SLOT), loaded.model.dtype == torch.float16
-    job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods, scaled)
+    job = Job(SLOT, config.train, data.train, data.validation, rate.value, methods, scaled, apart)
     notes = [*data.notes, f"learning rate {rate.value:g}: {rate.reason}"]
-    notes += [*_slow_storage(loaded.model, loaded), *_sharing(job, ranks)]
+    notes += [*_slow_storage(loaded.model, loaded), *_sharing(job, ranks), *_apart(apart)]
     return Prepared(loaded, data, job, rate, notes, _warnings(config, job, loaded.model))
 
 
@@ -132,6 +136,20 @@ def _sharing(job: Job, ranks: Ranks) -> list[str]:
     if any(method.dropout for method in job.methods.values()):
         notes.append("dropout draws other masks than with another number of processes")
     return notes
+
+
+def _apart(apart: Orthogonality | None) -> list[str]:
+    """What a user should know of the adapters that the new one is kept apart from."""
+    if apart is None:
+        return []
+    told, overlap = apart.facts(), apart.facts()["overlap"]
+    count = len(told["adapters"])
+    weight = f"lambda {apart.weight:g}" if apart.weight else "no term in the loss"
+    return [
+        f"orthogonal to {count} adapter{'s' * (count > 1)} in {told['layers']} of {told['layers_trained']} layers, "
+        f"{weight}: {overlap['at_start']:.2%} of A lies in what they read, "
+        f"{overlap['of_random_factors']:.2%} would by chance"
+    ]
 
 
 def current(device: torch.device) -> AbstractContextManager:

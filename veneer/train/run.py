@@ -68,9 +68,11 @@ class TrainResult:
     peak_memory_bytes: int
     warnings: tuple[str, ...]  # settings that are known to hurt
     notes: tuple[str, ...]
+    orthogonal_to: dict[str, Any] | None = None  # where asked for: earlier adapters, and the overlap with them
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "warnings": list(self.warnings), "notes": list(self.notes)}
+        told = {**dataclasses.asdict(self), "warnings": list(self.warnings), "notes": list(self.notes)}
+        return {name: fact for name, fact in told.items() if name != "orthogonal_to" or fact}
 
 
 def train(
@@ -91,7 +93,7 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     output = Path(config.output_dir)
     check_folder("--output-dir", output)
     loaded, data, job, rate, notes, warnings = prepare(config, ranks, loaded, progress)
-    identity = _identity(config, loaded, rate, data)
+    identity = _identity(config, loaded, rate, data, job)
     notes += _start(output, config, [job], identity, resume, ranks)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -134,11 +136,13 @@ def _train(config: RunConfig, resume: bool, progress: bool, loaded: Loaded | Non
     return result
 
 
-def _identity(config: RunConfig, loaded: Loaded, rate: Rate, data: TrainingData) -> dict[str, Any]:
+def _identity(config: RunConfig, loaded: Loaded, rate: Rate, data: TrainingData, job: Job) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's."""
     options = {name: value for name, value in config.to_flat().items() if name not in (*FREE, *PASSES)}
     hashes = {"data_sha256": data.sha256, "eval_data_sha256": data.eval_sha256}
     facts = {"rate": rate.value, **hashes, "storage": loaded.storage}
+    earlier = job.orthogonality.about["adapters"] if job.orthogonality else []
+    facts["orthogonal_to"] = [one["identity"] for one in earlier]  # wherever they lie now
     rows = math.prod(getattr(config.train, name) for name in PASSES)
     return {
         **options,
@@ -201,6 +205,12 @@ def _verdict(job: Job) -> list[str]:
         notes.append(
             f"{scaling.skipped} steps were skipped for gradients beyond float16; the loss scale is {scaling.scale:g}"
         )
+    if job.orthogonality is not None:
+        overlap = job.orthogonality.facts()["overlap"]
+        notes.append(
+            f"of A, {overlap['at_start']:.2%} lay in what the earlier adapters read at the start, "
+            f"{overlap['at_end']:.2%} does now ({overlap['of_random_factors']:.2%} of random factors)"
+        )
     if job.best_P is not None and job.best_step < job.step:
         notes.append(
             f"kept the adapter of step {job.best_step}, validation loss {job.best_loss:.4f}; later steps were worse"
@@ -229,4 +239,5 @@ def _result(config: RunConfig, job: Job, warnings: list[str], notes: list[str]) 
         peak_memory_bytes=peak_memory_bytes(job.flat.values_P.device),
         warnings=tuple(warnings),
         notes=tuple(notes),
+        orthogonal_to=job.orthogonality.facts() if job.orthogonality else None,
     )

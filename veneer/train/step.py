@@ -26,7 +26,8 @@ class PendingStep(NamedTuple):
     """A step on its way."""
 
     asked: list[tuple[Job, dict[str, Any]]]  # what is known of each job's step beforehand
-    answers: Tensor  # (jobs, 5) float64, on the host: loss, tokens, norm of the gradient; loss scale, steps skipped
+    # (jobs, 6) float64, on the host: loss, tokens, norm of the gradient; loss scale, steps skipped; `Job.term`
+    answers: Tensor
     arrived: torch.cuda.Event | None  # when they are there; None: they are
 
 
@@ -35,7 +36,7 @@ def begin_step(feed: Feed, jobs: Sequence[Job]) -> PendingStep:
     for job in jobs:
         job.begin()
     losses = feed.ranks.sum_(feed.computed(jobs))  # over the rows of all processes, for each job
-    asked, norms, scales = [], [], []
+    asked, norms, scales, terms = [], [], [], []
     for job, loss in zip(jobs, losses[:, 0], strict=True):
         if job.parted is None:
             feed.ranks.sum_(job.flat.grads_P)
@@ -45,7 +46,9 @@ def begin_step(feed: Feed, jobs: Sequence[Job]) -> PendingStep:
         asked.append((job, {**facts, "learning_rate": rate}))
         norms.append(norm)
         scales.append(torch.stack([used, job.scale.state_3[2]]) if job.scale else used.expand(2))
-    answers = torch.cat([losses, torch.stack(norms).double().unsqueeze(1), torch.stack(scales)], 1)
+        terms.append(torch.zeros_like(loss) if job.term is None else job.term)
+    columns = [losses, torch.stack(norms).double().unsqueeze(1), torch.stack(scales), torch.stack(terms).unsqueeze(1)]
+    answers = torch.cat(columns, 1)
     there = answers.to("cpu", non_blocking=True)
     return PendingStep(asked, there, torch.cuda.current_stream().record_event() if answers.is_cuda else None)
 
@@ -89,7 +92,7 @@ class StepReader:
             self._tell(job, asked, answer, seconds)
 
     def _tell(self, job: Job, asked: dict[str, Any], answer: list[float], seconds: float) -> None:
-        loss, tokens, norm, scale, skipped = answer
+        loss, tokens, norm, scale, skipped, term = answer
         if job.failure:  # in the step before: this one has changed nothing
             return
         lowered = scale > LEAST  # then infinite gradients are a step skipped
@@ -99,4 +102,5 @@ class StepReader:
         job.last_loss, job.seconds, job.tokens = loss, job.seconds + seconds, job.tokens + int(tokens)
         facts = {"loss": loss, "learning_rate": asked["learning_rate"], "grad_norm": norm, "tokens": int(tokens)}
         scaling = {"loss_scale": scale, "skipped_steps": int(skipped)} if job.scale else {}
-        self.record(job, {**asked, **facts, **scaling, "seconds": seconds})
+        apart = {"orthogonal_loss": term} if job.orthogonality else {}
+        self.record(job, {**asked, **facts, **scaling, **apart, "seconds": seconds})
