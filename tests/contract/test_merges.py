@@ -18,7 +18,7 @@ from veneer.config.merging import SETTINGS
 from veneer.errors import ConfigError
 from veneer.merge.apply import combine
 from veneer.merge.layer import merge_layer
-from veneer.merge.method import Parent
+from veneer.merge.method import Inputs, Parent
 from veneer.merge.recipe import Recipe
 from veneer.merge.table import MERGES, merge_named
 
@@ -36,7 +36,9 @@ def parent(seed: int, outputs: int = 20, inputs: int = 16, rank: int = 3, weight
     u = torch.linalg.qr(torch.randn(outputs, rank, generator=draw, dtype=torch.float64))[0]
     v = torch.linalg.qr(torch.randn(inputs, rank, generator=draw, dtype=torch.float64))[0]
     s = torch.tensor([2.0**-k for k in range(rank)]) * (1 + torch.rand((), generator=draw).item())
-    return Parent((v * s).mT.float(), u.float(), weight, f"adapter {seed}")
+    x = torch.randn(40, inputs, generator=draw, dtype=torch.float64) * torch.logspace(0, -1, inputs)
+    read = Inputs(torch.eye(inputs, dtype=torch.float64), x.mT @ x / 40)
+    return Parent((v * s).mT.float(), u.float(), weight, f"adapter {seed}", inputs=read)
 
 
 def dense(found) -> torch.Tensor:
@@ -140,7 +142,7 @@ def test_rank_energy_and_scale_mean_the_same_for_all(name, seed, rank, energy, s
 @MEMBERS
 def test_parents_that_hold_or_leave_nothing_give_zeros(name):
     merge, one = merge_named(name), parent(0)
-    cancelled = Parent(torch.cat([one.a, one.a]), torch.cat([one.b, -one.b], 1), 1.0, "cancelled")
+    cancelled = Parent(torch.cat([one.a, one.a]), torch.cat([one.b, -one.b], 1), 1.0, "cancelled", inputs=one.inputs)
     zeros = replace(one, b=torch.zeros_like(one.b))
     for parents in ([zeros], [zeros, zeros], [replace(one, weight=0.0)], [cancelled]):
         found = merge_layer(merge, parents, merge.settings())
@@ -161,7 +163,8 @@ def test_values_that_are_not_finite_are_refused(name):
 def test_equal_singular_values_are_told_where_they_matter(name):
     """Two updates of equal size in orthogonal directions: a shared basis of theirs is arbitrary."""
     eye = torch.eye(8)
-    parents = [Parent(eye[i : i + 2], eye[:, i : i + 2], 1.0, str(i)) for i in (0, 2)]
+    read = Inputs(eye.double(), eye.double())
+    parents = [Parent(eye[i : i + 2], eye[:, i : i + 2], 1.0, str(i), inputs=read) for i in (0, 2)]
     found = merge_layer(merge_named(name), parents, merge_named(name).settings())
     on_a_basis = {"magnitude", "ties", "dare_linear", "dare_ties", "knots", "core"}
     at_the_cut = {"svd", "compress"}
@@ -177,7 +180,7 @@ def adapter(seed: int, layers: int = 2, **card) -> Adapter:
     return Adapter(tensors, Card("lora", {}, dict.fromkeys(ranks, 1.0), ranks, **card))
 
 
-@MEMBERS
+@pytest.mark.parametrize("name", [name for name in MERGES if not SETTINGS[name].reads_data])
 def test_whole_adapters_in_another_order_are_equal_to_the_bit(name):
     given = [adapter(0), adapter(1, layers=3), adapter(2, layers=1)]
     weights, order = (0.5, -1.0, 0.25), (2, 0, 1)
@@ -191,6 +194,15 @@ def test_whole_adapters_in_another_order_are_equal_to_the_bit(name):
 
 def test_the_table_of_settings_is_that_of_the_methods():
     assert {name: merge_named(name).settings for name in MERGES} == SETTINGS
+    assert {name: merge_named(name).learn is not None for name in MERGES} == {
+        name: settings.reads_data for name, settings in SETTINGS.items()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in MERGES if SETTINGS[name].reads_data])
+def test_a_method_that_reads_data_needs_some(name):
+    with pytest.raises(ConfigError, match=f"{name} reads data: give --dataset"):
+        combine([adapter(0), adapter(1)], Recipe(name, (1.0, 1.0)))
 
 
 def test_an_unknown_method_or_option_is_named():

@@ -98,7 +98,7 @@ def test_layers_that_one_lacks_are_zero_there_and_said():
     alone = update(a, "model.layers.0.up_proj")
     torch.testing.assert_close(update(got, "model.layers.0.up_proj"), alone, rtol=0, atol=1e-5)
     (note,) = report.notes
-    assert note.startswith("adapter 2 has nothing for 2 of 4 layers, zero there: model.layers.0.up_proj")
+    assert note.startswith("adapter 2 has nothing for 2 of 4 layers, merged without it: model.layers.0.up_proj")
 
 
 def test_another_base_is_refused_with_all_that_differs():

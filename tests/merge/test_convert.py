@@ -110,7 +110,9 @@ def test_what_is_more_than_plain_lora_is_refused_with_the_way_out() -> None:
     [
         ({"output": "o"}, "nothing to convert"),
         ({"adapter": "a", "output": "o", "base_model": "b", "force": True}, "base_model and force: for extract only"),
-        ({"adapter": "a", "output": "o", "to": "gguf"}, "to: got gguf, wanted 'peft'"),
+        ({"adapter": "a", "output": "o", "to": "gptq"}, "to: got gptq, wanted 'peft' or 'gguf'"),
+        ({"adapter": "a", "output": "o", "to": "gguf", "force": True}, "force: for extract only"),
+        ({"extract": "t", "output": "o", "base_model": "b", "rank": 2, "to": "gguf"}, "extract writes a PEFT folder"),
         ({"adapter": "a", "output": "o", "rank": 0}, "rank: got 0"),
         ({"adapter": "a", "output": "o", "energy": 1.5}, "energy: got 1.5"),
         ({"adapter": "a", "extract": "t", "output": "o", "base_model": "b", "rank": 2}, "either an adapter"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.merge.compress import shared_spaces
-from veneer.merge.elementwise import trimmed
+from veneer.merge.elementwise import smallest_kept, trimmed
 from veneer.merge.layer import merge_layer
 from veneer.merge.method import Parent
 from veneer.merge.table import merge_named
@@ -215,9 +215,13 @@ def test_ties_weights_are_relative(parents):
 @pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
 def test_trimming_keeps_all_of_equal_entries(density):
     """None of them is larger than the others, and an update must not vanish."""
-    ones = torch.ones(1, 4, 5)
-    assert torch.equal(trimmed(ones, density), ones)
-    half = torch.cat([ones, torch.zeros_like(ones)], dim=1)
-    assert torch.equal(trimmed(half, density), half)
-    steps = torch.arange(-1.0, -21, -1).view(1, 4, 5)
-    assert int((trimmed(steps, density) != 0).sum()) == max(1, round(density * 20))
+    ones = torch.ones(4, 5)
+    assert torch.equal(kept(ones, density), ones)
+    half = torch.cat([ones, torch.zeros_like(ones)])
+    assert torch.equal(kept(half, density), half)
+    steps = torch.arange(-1.0, -21, -1).view(4, 5)
+    assert int((kept(steps, density) != 0).sum()) == max(1, round(density * 20))
+
+
+def kept(entries_ND: torch.Tensor, density: float) -> torch.Tensor:
+    return trimmed(entries_ND[None], [smallest_kept(entries_ND, torch.eye(5), density)])[0]

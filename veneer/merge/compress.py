@@ -27,8 +27,7 @@ def compress(parents: Sequence[Parent], options: CompressSettings) -> Merged:
     rank = options.rank or max(len(p.a) for p in parents)
     stack_kKK = torch.stack(core.matrices)
     u_Kr, v_Kr, degenerate = shared_spaces(stack_kKK, rank)
-    inside_krr = u_Kr.mT @ stack_kKK @ v_Kr
-    merged_rr = merge_entries(inside_krr, parents, options, options.inner)
+    merged_rr = merge_entries(core.within(u_Kr, v_Kr), parents, options, options.inner)
     total_KK = stack_kKK.sum(0)
     left_out = float(torch.linalg.matrix_norm(total_KK - u_Kr @ (u_Kr.mT @ total_KK @ v_Kr) @ v_Kr.mT))
     found = small_svd(merged_rr, size=core.size)

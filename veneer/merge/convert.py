@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from veneer.adapter.card import Adapter
 from veneer.config import ConvertSettings
 from veneer.errors import NotMergeable
 from veneer.lowrank import norm
-from veneer.merge.apply import LayerReport, merge_layers, report_of
+from veneer.lowrank.workers import workers
+from veneer.merge.apply import Report, merge_layers, report_of
 from veneer.merge.folder import free, whole
 from veneer.merge.layer import Layer
 from veneer.merge.method import Parent
 from veneer.merge.recipe import Recipe
-from veneer.merge.summary import by_kind
 from veneer.merge.table import merge_named
 
 
-@dataclass(frozen=True)
-class ConvertReport:
-    """What an adapter is and what it was: parameters, and for each layer what the cut left (1 and 0 without one).
-
-    kept: share of ‖ΔW‖² over all layers. error: Frobenius norm of what was left out over that of the whole.
-    """
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport(Report):
+    """What an adapter is and what it was, and what the cut has left of it: all, without one."""
 
     identity: str
     parent: str
     parameters: int
     parameters_before: int
-    kept: float
-    error: float
-    worst_layer: str
-    worst_kept: float
-    layers: dict[str, LayerReport]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "kinds": by_kind(self.layers)}
 
 
 def convert_folder(settings: ConvertSettings, progress: bool = True) -> ConvertReport:
@@ -70,25 +58,20 @@ def converted(
     recipe = Recipe("linear", (1.0,), {"rank": rank, "energy": energy})
     layers = _cut(adapter, recipe, progress) if cuts else _as_they_are(adapter)
     notes = ["base unverified: the adapter does not record which base it was trained on"] * (adapter.card.base is None)
-    told = report_of(recipe, [adapter.identity], layers, notes)
     found = _adapter(adapter, layers, {"rank": rank, "energy": energy}) if cuts else adapter
     return found, ConvertReport(
         identity=found.identity,
         parent=adapter.identity,
         parameters=_parameters(found),
         parameters_before=_parameters(adapter),
-        kept=told.kept,
-        error=told.error,
-        worst_layer=told.worst_layer,
-        worst_kept=told.worst_kept,
-        layers=told.layers,
-        notes=told.notes,
+        **vars(report_of(layers, notes)),
     )
 
 
 def _cut(adapter: Adapter, recipe: Recipe, progress: bool) -> dict[str, Layer]:
     stacks = {module: [Parent(*adapter.factors(module))] for module in adapter.modules()}
-    return merge_layers(merge_named(recipe.method), stacks, recipe, progress)
+    with workers() as pool:
+        return merge_layers(merge_named(recipe.method), stacks, recipe, progress, pool)
 
 
 def _as_they_are(adapter: Adapter) -> dict[str, Layer]:

@@ -22,8 +22,7 @@ def core_space(parents: Sequence[Parent], options: CoreSettings) -> Merged:
     core = core_of(parents, options.exact)
     left = small_svd(torch.cat([task.u * task.s.sqrt() for task in core.tasks], dim=1))
     right = small_svd(torch.cat([task.v * task.s.sqrt() for task in core.tasks], dim=1))
-    stack_kDD = torch.stack([left.u.mT @ matrix_KK @ right.u for matrix_KK in core.matrices])
-    merged_DD = merge_entries(stack_kDD, parents, options, options.inner)
+    merged_DD = merge_entries(core.within(left.u, right.u), parents, options, options.inner)
     found = small_svd(merged_DD, size=core.size)
     return core.merged(left.u @ (found.u * found.s), right.u @ found.v, degenerate=left.degenerate or right.degenerate)
 

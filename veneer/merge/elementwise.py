@@ -1,67 +1,96 @@
 """Merging entry by entry: what the papers define on dense updates, on updates in any common basis.
 
-Shapes: stack_kND, k parents' weighted updates w ΔW in coordinates (N, D) that all of them share.
+A parent's weighted update w ΔW comes as a product left_NR · right_RD, in coordinates (N, D) that all parents share. It
+is formed a piece of rows at a time, which stays in the processor's cache while all k parents meet there; to form it
+again takes less time than to write it to memory and read it back.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from veneer.config.merging import DareSettings, Elementwise, MagnitudeSettings
 from veneer.merge.method import Parent
 
 TIED = 1e-6  # of the entries' sizes
+PIECE = 2**16  # entries of each parent merged at a time
+
+Update = tuple[Tensor, Tensor]  # left (N, R), right (R, D)
 
 
-def merge_entries(stack_kND: Tensor, parents: Sequence[Parent], options: MagnitudeSettings, how: Elementwise) -> Tensor:
+def merge_entries(
+    updates: Sequence[Update], parents: Sequence[Parent], options: MagnitudeSettings, how: Elementwise
+) -> Tensor:
     """One update (N, D) by the element-wise method of that name."""
-    if not stack_kND[0].numel():  # the parents hold nothing but rounding
-        return stack_kND.sum(0)
+    (left_NR, right_RD), weights = updates[0], [parent.weight for parent in parents]
+    merged_ND = left_NR.new_zeros(len(left_NR), right_RD.shape[1])
+    if not merged_ND.numel():  # the parents hold nothing but rounding
+        return merged_ND
+    thin = _thinning(updates, parents, options, how)
+    for rows in _pieces(*merged_ND.shape):
+        stack_knD = thin(torch.stack([left_NR[rows] @ right_RD for left_NR, right_RD in updates]))
+        merged_ND[rows] = agreed(stack_knD, weights) if how in ("ties", "dare_ties") else stack_knD.sum(0)
+    return merged_ND
+
+
+def _thinning(
+    updates: Sequence[Update], parents: Sequence[Parent], options: MagnitudeSettings, how: Elementwise
+) -> Callable[[Tensor], Tensor]:
+    """From the entries of a piece to those that stay; asked for one piece after the other."""
     if how in ("magnitude", "ties"):
-        stack_kND = trimmed(stack_kND, options.density)
-    elif how in ("dare_linear", "dare_ties"):
+        limits = [smallest_kept(*update, options.density) for update in updates]
+        return lambda stack_knD: trimmed(stack_knD, limits)
+    if how in ("dare_linear", "dare_ties") and options.density < 1:
         assert isinstance(options, DareSettings)
-        stack_kND = dropped(stack_kND, [parent.key for parent in parents], options.density, options.seed)
-    if how in ("ties", "dare_ties"):
-        return agreed(stack_kND, [parent.weight for parent in parents])
-    return stack_kND.sum(0)
+        draws = [_generator(parent.key, options.seed) for parent in parents]
+        return lambda stack_knD: dropped(stack_knD, draws, options.density)
+    return lambda stack_knD: stack_knD
 
 
-def trimmed(stack_kND: Tensor, density: float) -> Tensor:
-    """Of each parent the share `density` of entries that are largest, the others zero.
+def _pieces(count_N: int, count_D: int) -> list[slice]:
+    """Of the rows. In sixteens, so that all pieces lie in memory alike, and products of them round alike."""
+    step = max(16, PIECE // count_D // 16 * 16)
+    return [slice(first, first + step) for first in range(0, count_N, step)]
+
+
+def smallest_kept(left_NR: Tensor, right_RD: Tensor, density: float) -> float:
+    """The size of the smallest entry of left · right among the share `density` of those that are largest."""
+    sizes_ND = left_NR.new_empty(len(left_NR), right_RD.shape[1])
+    for rows in _pieces(*sizes_ND.shape):
+        sizes_ND[rows] = (left_NR[rows] @ right_RD).abs_()
+    cut = sizes_ND.numel() - max(1, round(density * sizes_ND.numel()))  # entries to go
+    sizes_n = sizes_ND.view(-1).numpy()
+    sizes_n.partition(cut)  # numpy's selection takes an eighth of the time of torch's
+    return float(sizes_n[cut])
+
+
+def trimmed(stack_kND: Tensor, limits: Sequence[float]) -> Tensor:
+    """Of each parent the entries of that size or larger, the others zero.
 
     All entries as large as the last one to stay do stay, so that an update of equal entries is not lost.
     """
-    count = stack_kND[0].numel()
-    cut = count - max(1, round(density * count))  # entries to go
-    sizes_kND = stack_kND.abs()
-    # numpy's selection takes a twentieth of the time of torch's.
-    sorted_kn = np.partition(sizes_kND.flatten(1).cpu().numpy(), cut, axis=1)
-    limit_k = torch.from_numpy(sorted_kn[:, cut].copy()).to(sizes_kND.device)
-    return torch.where(sizes_kND >= limit_k[:, None, None], stack_kND, 0.0)
+    below_k = torch.nextafter(stack_kND.new_tensor(limits), stack_kND.new_zeros(())).tolist()
+    # `where` takes 13 times as long.
+    kept = [hardshrink(entry_ND, below) for entry_ND, below in zip(stack_kND, below_k, strict=True)]
+    return torch.stack(kept)
 
 
-def dropped(stack_kND: Tensor, keys: Sequence[str], density: float, seed: int) -> Tensor:
-    """Of each parent a random share `density` of entries, divided by it, so that the expectation stays (DARE).
-
-    Which ones depends on the seed and the parent's key alone.
-    """
-    if density == 1:
-        return stack_kND
-    masks = [_mask(stack_kND.shape[1:], key, density, seed) for key in keys]
-    return stack_kND * torch.stack(masks).to(stack_kND.device) / density
+def dropped(stack_kND: Tensor, draws: Sequence[torch.Generator], density: float) -> Tensor:
+    """Of each parent a random share `density` of entries, divided by it, so that the expectation stays (DARE)."""
+    kept_kND = torch.stack([torch.rand(stack_kND.shape[1:], generator=draw) < density for draw in draws])
+    return stack_kND * kept_kND / density
 
 
-def _mask(shape: torch.Size, key: str, density: float, seed: int) -> Tensor:
+def _generator(key: str, seed: int) -> torch.Generator:
+    """Of the parent's own draws: they depend on the seed and its key alone."""
     digest = hashlib.sha256(json.dumps([key, seed]).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.rand(shape, generator=generator) < density
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def agreed(stack_kND: Tensor, weights: Sequence[float]) -> Tensor:
@@ -70,13 +99,9 @@ def agreed(stack_kND: Tensor, weights: Sequence[float]) -> Tensor:
     Weights are relative therefore: a parent that nobody contradicts comes back as it is. Opposite entries of equal size
     elect nobody, whatever rounding has left of their sum.
     """
-    above_ND, below_ND, voters_ND = (torch.zeros_like(stack_kND[0]) for _ in range(3))
-    for entry_ND in stack_kND:  # one after the other: all at once is slower, and takes several times the memory
-        above_ND += entry_ND.clamp(min=0)
-        below_ND += entry_ND.clamp(max=0)
-    sum_ND = above_ND + below_ND
-    sign_ND = sum_ND.sign() * (sum_ND.abs() > TIED * (above_ND - below_ND))
-    for entry_ND, weight in zip(stack_kND, weights, strict=True):
-        voters_ND.add_(entry_ND * sign_ND > 0, alpha=abs(weight))
-    total_ND = torch.where(sign_ND > 0, above_ND, below_ND) * (sign_ND != 0)
+    sum_ND, size_ND = stack_kND.sum(0), stack_kND.abs().sum(0)
+    sign_ND = sum_ND.sign() * (sum_ND.abs() > TIED * size_ND)
+    agreeing_kND = (stack_kND * sign_ND).relu_()
+    total_ND = agreeing_kND.sum(0) * sign_ND
+    voters_ND = torch.tensordot(stack_kND.new_tensor(weights).abs(), agreeing_kND.sign_(), 1)
     return total_ND / torch.where(voters_ND > 0, voters_ND, 1.0)

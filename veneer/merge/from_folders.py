@@ -1,60 +1,77 @@
 """Adapter folders and a recipe -> an adapter folder with its recipe: what `veneer merge` runs.
 
-In `recipe.yaml` adapters are named by path, relative to the file, and by identity: `../a@sha256:...`.
+In `recipe.yaml` adapters and data files are named by path, relative to the file, and by what they hold:
+`../a@sha256:...`.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from veneer.adapter.card import Adapter
 from veneer.config import MergeSettings, dump_yaml
+from veneer.config.verbs import BaseSettings
 from veneer.errors import AdapterError, listed
 from veneer.merge.apply import CombineReport, combine
+from veneer.merge.data import ParentRows, read_rows
 from veneer.merge.folder import free, whole
+from veneer.merge.on_base import OnBase, put_merged, put_on_base
+from veneer.merge.parents import check_parents
+from veneer.merge.pinned import Named, named, pinned, relative
 from veneer.merge.recipe import Recipe
+from veneer.model.load import Loaded
 from veneer.model.progress import shown
+from veneer.model.source import PACKAGED
 
 RECIPE = "recipe.yaml"
-_PINNED = re.compile(r"(?P<path>.+)@sha256:(?P<identity>[0-9a-f]{64})")
 _HEAD = "# Makes this adapter again: veneer merge {name} --output FOLDER. Paths are relative to this file.\n"
 
 
-@dataclass(frozen=True)
-class Named:
-    """An adapter as it is named: where it lies, and which one it has to be."""
-
-    path: str
-    identity: str | None = None
+# The base with parents and result on it, the parents, their rows -> name and text of files to lie beside the result.
+Compare = Callable[[OnBase, Sequence[Adapter], Sequence[ParentRows]], Mapping[str, str]]
 
 
-def named(text: str) -> Named:
-    """`FOLDER` or `FOLDER@sha256:IDENTITY`."""
-    found = _PINNED.fullmatch(text)
-    return Named(found["path"], found["identity"]) if found else Named(text)
-
-
-def merge_folders(settings: MergeSettings, progress: bool = True) -> CombineReport:
+def merge_folders(
+    settings: MergeSettings, progress: bool = True, base: str | None = None, compare: Compare | None = None
+) -> CombineReport:
     """Reads the adapters, merges them, and writes adapter and recipe to `settings.output`, whole or not at all.
 
+    base: the base model where there is data and the settings name none. compare: what the result is
+    worth; called where there is data.
     Raises ConfigError where the output is in the way, AdapterError with every folder that cannot be read or holds
-    another adapter than it should, and what `combine` raises.
+    another adapter than it should, DataError likewise, and what `combine` raises.
     """
     output, given = free(settings.output), [named(text) for text in settings.adapters]
     weights = settings.weights or [1 / len(given)] * len(given)
     recipe = Recipe(settings.method, tuple(weights), settings.method_options())
-    adapters = _read(given, progress)
-    merged, report = combine(adapters, recipe, progress, [one.path for one in given])
+    rows = read_rows(settings, recipe.reads_data)
+    adapters, names = _read(given, progress), [one.path for one in given]
+    check_parents(adapters, names)  # before a base is loaded for them
+    on_base = put_on_base(settings, base, adapters, names, rows) if rows else None
+    merged, report = combine(adapters, recipe, progress, names, on_base)
+    made = {
+        RECIPE: _HEAD.format(name=RECIPE) + dump_yaml(_recipe(settings, recipe, report.parents, on_base, rows, output))
+    }
+    if on_base is not None and compare is not None:
+        put_merged(on_base, merged)
+        made |= compare(on_base, adapters, rows)
+    del adapters  # before the result is written, which takes its size once more
     with whole(output) as partial:
         merged.save(partial)
-        text = _HEAD.format(name=RECIPE) + dump_yaml(_recipe(recipe, given, report.parents, output))
-        (partial / RECIPE).write_text(text, encoding="utf-8")
-    return report
+        for name, text in made.items():
+            (partial / name).write_text(text, encoding="utf-8")
+    return replace(report, notes=(*report.notes, *_halves(recipe, rows)))
+
+
+def _halves(recipe: Recipe, rows: Sequence[ParentRows]) -> list[str]:
+    if not recipe.reads_data:
+        return []
+    read, rest = sum(len(one.fitted) for one in rows), sum(len(one.held_out) for one in rows)
+    return [f"{recipe.what_reads_data} has read {read:,} rows, every other one; compared on the other {rest:,} alone"]
 
 
 def _read(given: Sequence[Named], progress: bool) -> list[Adapter]:
@@ -76,17 +93,29 @@ def _read(given: Sequence[Named], progress: bool) -> list[Adapter]:
     return adapters
 
 
-def _recipe(recipe: Recipe, given: Sequence[Named], identities: Sequence[str], output: Path) -> dict[str, Any]:
+def _recipe(
+    settings: MergeSettings,
+    recipe: Recipe,
+    identities: Sequence[str],
+    on_base: OnBase | None,
+    rows: Sequence[ParentRows],
+    output: Path,
+) -> dict[str, Any]:
     """All that makes the same bytes again; every option, so that no later default changes them."""
     options = {name: value for name, value in recipe.settings.to_flat().items() if value is not None}
-    adapters = [
-        f"{_relative(one.path, output)}@sha256:{identity}" for one, identity in zip(given, identities, strict=True)
-    ]
-    return {"method": recipe.method, **options, "weights": list(recipe.weights), "adapters": adapters}
+    paths = [named(text).path for text in settings.adapters]
+    adapters = [pinned(path, identity, output) for path, identity in zip(paths, identities, strict=True)]
+    made = {"method": recipe.method, **options, "weights": list(recipe.weights), "adapters": adapters}
+    return made | (_data(settings, on_base.loaded, rows, output) if on_base else {})
 
 
-def _relative(path: str, output: Path) -> str:
-    try:
-        return os.path.relpath(os.path.realpath(path), os.path.realpath(output))
-    except ValueError:  # on another drive
-        return os.path.realpath(path)
+def _data(settings: MergeSettings, loaded: Loaded, rows: Sequence[ParentRows], output: Path) -> dict[str, Any]:
+    names = ("metrics", "limit", "columns", *BaseSettings.model_fields)
+    given = {name: getattr(settings, name) for name in names if name in settings.model_fields_set}
+    base = loaded.name
+    if base not in PACKAGED and os.path.exists(base):
+        base = os.path.join(".", relative(base, output))
+    # What was found out stands there as if it had been given: another machine may find something else.
+    given |= {"base_model": base, "dtype": str(loaded.model.dtype).removeprefix("torch.")}
+    told = {name: given[name] for name in names if given.get(name) not in (None, {})}
+    return {"dataset": [pinned(one.path, one.sha256, output) for one in rows], **told}

@@ -22,13 +22,13 @@ def knots(parents: Sequence[Parent], options: KnotsSettings) -> Merged:
     core = core_of(parents, options.exact)
     basis = small_svd(torch.cat([task.u * task.s for task in core.tasks], dim=1))
     dtype = torch.float64 if options.exact else torch.float32
-    stack_kDI = torch.stack(
-        [
-            ((basis.u / basis.s).mT @ (task.u * task.s * weight)).to(dtype) @ core.right.lift(task.v).to(dtype).mT
-            for task, weight in zip(core.tasks, core.weights, strict=True)
-        ]
-    )
-    merged_DI = merge_entries(stack_kDI, parents, options, options.inner)
+    lefts_DR = [
+        ((basis.u / basis.s).mT @ (task.u * task.s * weight)).to(dtype)
+        for task, weight in zip(core.tasks, core.weights, strict=True)
+    ]
+    right_SI = core.right.lift(torch.cat([task.v for task in core.tasks], dim=1)).to(dtype).mT
+    rights_RI = right_SI.split([left_DR.shape[1] for left_DR in lefts_DR])
+    merged_DI = merge_entries(list(zip(lefts_DR, rights_RI, strict=True)), parents, options, options.inner)
     return Merged(merged_DI, core.left.lift(basis.u * basis.s), degenerate=basis.degenerate)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ def merge_layer(merge: Merge, parents: Sequence[Parent], options: CatSettings) -
 
 
 def _live(parent: Parent) -> Parent:
-    return Parent(*without_zeros(parent.a, parent.b), parent.weight, parent.key)
+    a, b = without_zeros(parent.a, parent.b)
+    return replace(parent, a=a, b=b)
 
 
 def _nothing(like: Parent) -> Merged:
@@ -61,7 +62,7 @@ def _nothing(like: Parent) -> Merged:
 def _cut(merged: Merged, options: LinearSettings) -> Layer:
     """At the rank or share of energy asked for; where neither is, at the rank that the method means to keep."""
     rank = merged.rank if options.rank is None and options.energy is None else options.rank
-    cut = truncate(merged.a, merged.b, rank, options.energy, options.exact)
+    cut = truncate(*without_zeros(merged.a, merged.b), rank, options.energy, options.exact)
     count = len(cut.a)
     if not count:  # what was to be summed has cancelled
         return Layer(*_nothing(Parent(merged.a, merged.b))[:2], norm=0.0, kept=1.0, error=0.0, degenerate=False)

@@ -16,19 +16,37 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from veneer.config.merging import CatSettings
+from veneer.merge.on_base import OnBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer reads on some rows: the mean of q qᵀ over their tokens, q = basisᵀ x, float64.
+
+    basis (I, K) is orthonormal, and holds the directions that every parent of the layer reads.
+    """
+
+    basis_IK: Tensor
+    gram_KK: Tensor
 
 
 @dataclass(frozen=True)
 class Parent:
     """One adapter's update of one layer, b @ a with a (R, I) and b (O, R), and its weight.
 
-    key: whose it is and which layer; random choices depend on it, never on the place in the list.
+    key: whose it is and which layer; random choices depend on it, never on the place in the list. slot: where it is on
+    the base, and inputs: what the layer reads on its rows; both for methods that read data.
     """
 
     a: Tensor
     b: Tensor
     weight: float = 1.0
     key: str = ""
+    slot: str = ""
+    inputs: Inputs | None = None
+
+
+Stacks = Mapping[str, Sequence[Parent]]  # layer -> its parents
 
 
 class Merged(NamedTuple):
@@ -53,6 +71,8 @@ class Merge:
     factors: (parents, settings) -> result; at least one parent, none of them zero or of weight 0. settings: its
     options. neutral: options at which a parent of weight 1 comes back; None where there are none. ordered: whether
     the order of the parents counts. stacked: the result is the plain stack of factors, which nothing is cut from.
+    learn: (layers, the base with parents and rows, settings, whether to show progress) -> the layers with what
+    `factors` needs, and what was found, for the report; None for a method that reads no data.
     """
 
     factors: Callable[[Sequence[Parent], Any], Merged]
@@ -60,3 +80,4 @@ class Merge:
     neutral: Mapping[str, Any] | None
     ordered: bool = False
     stacked: bool = False
+    learn: Callable[[Stacks, OnBase, Any, bool], tuple[Stacks, dict[str, Any]]] | None = None

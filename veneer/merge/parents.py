@@ -111,6 +111,8 @@ def _missing_layers(adapters: Sequence[Adapter], names: Sequence[str]) -> list[s
         own = set(adapter.modules())
         told: list[str] = []
         missing = [module for module in every if module not in own]
-        add_fault(told, f"{names[i]} has nothing for {len(missing)} of {len(every)} layers, zero there", missing, 2)
+        add_fault(
+            told, f"{names[i]} has nothing for {len(missing)} of {len(every)} layers, merged without it", missing, 2
+        )
         notes += told
     return notes

@@ -38,6 +38,18 @@ class Recipe:
         """The options with their defaults, checked."""
         return merge_named(self.method).settings.from_flat(self.options)
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether it cannot be followed without rows."""
+        return bool(self.what_reads_data)
+
+    @property
+    def what_reads_data(self) -> str:
+        """The method or the option that needs rows, else nothing."""
+        if self.settings.reads_data:
+            return self.method
+        return "activation_aware" if getattr(self.settings, "activation_aware", False) else ""
+
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, "weights": list(self.weights), "options": self.settings.to_flat()}
 

@@ -25,11 +25,10 @@ def merge_rows(parents: Sequence[Parent], options: MagnitudeSettings, how: Eleme
     core = core_of(parents, options.exact)
     basis = small_svd(torch.cat([task.v * task.s for task in core.tasks], dim=1))  # of all ΔW, one below the other
     dtype = torch.float64 if options.exact else torch.float32
-    stack_kOD = torch.stack(
-        [
-            core.left.lift(task.u * task.s).to(dtype) @ (task.v.mT @ basis.u * weight).to(dtype)
-            for task, weight in zip(core.tasks, core.weights, strict=True)
-        ]
-    )
-    merged_OD = merge_entries(stack_kOD, parents, options, how)
+    left_OS = core.left.lift(torch.cat([task.u * task.s for task in core.tasks], dim=1)).to(dtype)
+    rights_RD = [
+        (task.v.mT @ basis.u * weight).to(dtype) for task, weight in zip(core.tasks, core.weights, strict=True)
+    ]
+    lefts_OR = left_OS.split([len(right_RD) for right_RD in rights_RD], dim=1)
+    merged_OD = merge_entries(list(zip(lefts_OR, rights_RD, strict=True)), parents, options, how)
     return Merged(core.right.lift(basis.u).mT, merged_OD, degenerate=basis.degenerate)

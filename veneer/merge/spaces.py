@@ -61,6 +61,13 @@ class Core:
         """w ΔW of every parent, (K, K)."""
         return [(task.u * task.s * w) @ task.v.mT for task, w in zip(self.tasks, self.weights, strict=True)]
 
+    def within(self, left_KD: Tensor, right_KE: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """leftᵀ w ΔW right of every parent, as two factors (D, R) and (R, E)."""
+        return [
+            (left_KD.mT @ (task.u * task.s * w), task.v.mT @ right_KE)
+            for task, w in zip(self.tasks, self.weights, strict=True)
+        ]
+
     @property
     def size(self) -> float:
         """The largest singular value of any w ΔW."""

@@ -27,6 +27,9 @@ MERGES: dict[str, str] = {
     "iso_cts": "veneer.merge.iso:ISO_CTS",
     "orthogonal": "veneer.merge.orthogonal:ORTHOGONAL",
     "compress": "veneer.merge.compress:COMPRESS",
+    "regmean": "veneer.merge.regmean:REGMEAN",
+    "lorahub": "veneer.merge.lorahub:LORAHUB",
+    "lora_soups": "veneer.merge.lora_soups:LORA_SOUPS",
 }
 
 

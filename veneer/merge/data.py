@@ -1,0 +1,69 @@
+"""The data files of a merge, one for each parent: rows that a method may read, and rows that judge what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.config import MergeSettings
+from veneer.data.encode import family_of
+from veneer.data.files import Row
+from veneer.data.preference import chosen_alone
+from veneer.data.sources import read_source
+from veneer.errors import DataError, listed
+from veneer.merge.pinned import Named, named
+
+
+@dataclass(frozen=True)
+class ParentRows:
+    """Of one parent's file.
+
+    path: as it was given. sha256: of the file. fitted: rows that the method reads. held_out: the others.
+    """
+
+    path: str
+    sha256: str
+    fitted: Sequence[Row]
+    held_out: Sequence[Row]
+
+    @property
+    def name(self) -> str:
+        """The file without its folders."""
+        return self.path if self.path.startswith("hub:") else Path(self.path).name
+
+
+def read_rows(settings: MergeSettings, fitting: bool) -> list[ParentRows]:
+    """The file of every parent. Raises DataError with each that cannot be read or holds other data than it should.
+
+    fitting: the method reads data, so that every other row, from the first on, is its own and no row judges it that
+    it has read. Without, all rows are held out.
+    """
+    found, faults = [], []
+    for one in map(named, settings.dataset):
+        try:
+            found.append(_read(one, settings, fitting))
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError(faults[0] if len(faults) == 1 else listed("These data files cannot be used:", faults))
+    return found
+
+
+def _read(one: Named, settings: MergeSettings, fitting: bool) -> ParentRows:
+    source = read_source(one.path, settings.columns, settings.limit)
+    sha256, rows = source.sha256(), source.rows
+    if one.identity not in (None, sha256):
+        raise DataError(
+            f"{one.path} holds other data than the recipe was written for: sha256 {sha256}, wanted {one.identity}. "
+            "Restore it; or, to merge with what is there now, leave @sha256:... out"
+        )
+    if family_of(rows) == "preference":
+        raise DataError(
+            f"{one.path} holds preference pairs, which are not compared. Next: name one side, {chosen_alone(rows[0])}"
+        )
+    if len(rows) < 1 + fitting:
+        wanted = "two rows at least: one to read, one to judge by" if fitting else "one row at least"
+        raise DataError(f"{one.path} has {len(rows)} rows; wanted {wanted}")
+    fitted = rows[::2] if fitting else []
+    return ParentRows(one.path, sha256, fitted, rows[1::2] if fitting else rows)
