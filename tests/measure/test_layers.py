@@ -9,7 +9,7 @@ import torch
 
 from tests.measure.making import random
 from veneer.measure.figures import measure
-from veneer.measure.layers import by_kind, directions, median, summary, update
+from veneer.measure.layers import by_kind, directions, each_directions, median, summary, update
 
 
 def test_hand_computed() -> None:
@@ -33,6 +33,26 @@ def test_a_zero_update_keeps_all_of_nothing() -> None:
     assert found.u.shape == (6, 0)
     assert update(3, found.s, 2) == update(3, torch.zeros(0), 2)
     assert update(3, found.s, 2).kept == 1.0
+
+
+def test_many_at_once_are_as_each_alone() -> None:
+    """Where one of them is badly conditioned, or zero, and where ranks differ."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [(torch.randn(r, 20, generator=generator), torch.randn(30, r, generator=generator)) for r in (3, 5) * 4]
+    nearly = torch.randn(3, 20, generator=generator)
+    nearly[2] = nearly[1] + 1e-5 * nearly[2]
+    for more in (
+        (nearly, factors[0][1]),
+        (torch.zeros(3, 20), torch.ones(30, 3)),
+        (torch.eye(3, 20), torch.eye(30, 3)),
+    ):
+        each = [*factors, more]
+        for found, (a_RI, b_OR) in zip(each_directions(each), each, strict=True):
+            dense_OI = b_OR.double() @ a_RI.double()
+            s_K = torch.linalg.svdvals(dense_OI)[: len(found.s)]
+            torch.testing.assert_close(found.s, s_K, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close((found.u * found.s) @ found.v.mT, dense_OI, rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.u.mT @ found.u, torch.eye(len(found.s)).double(), rtol=0, atol=1e-7)
 
 
 def test_against_dense() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,6 +136,18 @@ def test_how_it_is_cut_into_blocks_changes_nothing(monkeypatch: pytest.MonkeyPat
         assert one.interference == pytest.approx(other.interference, rel=1e-5)
         assert one.sign_conflict_weighted == pytest.approx(other.sign_conflict_weighted, rel=1e-5, abs=1e-7)
         assert one.cosine == pytest.approx(other.cosine, rel=1e-5, abs=1e-7)
+
+
+def test_many_at_once_are_as_each_two_alone() -> None:
+    """More than are decomposed together, and than stand in a block of rows; of several ranks, one lacking a layer."""
+    adapters = [random(seed, 1 + seed % 5, tuple(LAYERS)[: seed % 7 == 3]) for seed in range(70)]
+    adapters[66] = made({module: (torch.ones(2, i), torch.zeros(o, 2)) for module, (o, i) in LAYERS.items()})
+    found = {(one.first, one.second): one for one in measure(adapters, rank=2).pairs}
+    assert len(found) == 70 * 69 // 2
+    for i, j in ((0, 1), (3, 64), (10, 66), (63, 64), (64, 69), (66, 69)):
+        alone = asdict(replace(pair(adapters[i], adapters[j]), first=i, second=j))
+        for name, value in asdict(found[i, j]).items():
+            assert value == (alone[name] and pytest.approx(alone[name], rel=1e-5, abs=1e-6)), (i, j, name)
 
 
 def test_the_split_into_factors_does_not_count() -> None:

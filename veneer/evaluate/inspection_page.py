@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from veneer.evaluate import plots
 from veneer.evaluate.matrix import matrix
-from veneer.evaluate.page import PAGE, STYLE, text
+from veneer.evaluate.on_data import OnFile
+from veneer.evaluate.on_data_page import on_data_sections
+from veneer.evaluate.page import PAGE, STYLE, number, table, text
 from veneer.evaluate.report import both, details, notes_list, write_page
 from veneer.measure.inspection import FEW, Inspected, Inspection, kinds_beside_base
 from veneer.measure.pairs import Pair
@@ -47,14 +48,18 @@ _EXTREMES = {
 }
 
 
-def write_inspection(path: str | Path, found: Inspection) -> None:
-    """Write the page at `path`, atomically. The same inspection gives the same bytes."""
+def write_inspection(path: str | Path, found: Inspection, data: Sequence[OnFile] = ()) -> None:
+    """Write the page at `path`, atomically. The same inspection gives the same bytes.
+
+    data: the adapters on each other's data, if that was measured.
+    """
     few = len(found.adapters) <= FEW
     sections = [notes_list(found.notes)]
     sections += [_verdict(one) for one in found.adapters if one.verdict]
     sections += [_adapter(one, found.rank) for one in found.adapters] if few else [_adapters(found)]
     sections += _pairs(found) if few else _extremes(found)
     sections.append(_together(found))
+    sections += on_data_sections(data, [one.name for one in found.adapters])
     names = ", ".join(text(one.name) for one in found.adapters) if few else f"{len(found.adapters)} adapters"
     page = PAGE.format(title="Inspection", style=STYLE, subtitle=f"<b>{names}</b>", body="\n".join(sections))
     write_page(Path(path), page)
@@ -74,7 +79,7 @@ def _verdict(one: Inspected) -> str:
 def _adapter(one: Inspected, rank: int) -> str:
     card = {**one.card(), "fits the base": "yes" if one.base and not one.base.notes else None}
     told = details("Card", {key: value for key, value in card.items() if value not in (None, [], {}, "")})
-    table = drawing = ""
+    figures = drawing = ""
     if one.whole is not None:
         beside = kinds_beside_base(one)
         heads = ["", "layers", "rank", "norm", "effective rank", "first", "90 %", "99 %", f"kept at {rank}"]
@@ -83,15 +88,15 @@ def _adapter(one: Inspected, rank: int) -> str:
                 kind,
                 str(each.layers),
                 str(each.rank_to) if each.rank_from == each.rank_to else f"{each.rank_from}–{each.rank_to}",
-                *map(_number, (each.norm, each.effective_rank, each.first, each.directions_90, each.directions_99)),
-                _number(each.kept),
-                *(map(_number, beside.get(kind, (None, None, None))) if beside else ()),
+                *map(number, (each.norm, each.effective_rank, each.first, each.directions_90, each.directions_99)),
+                number(each.kept),
+                *(map(number, beside.get(kind, (None, None, None))) if beside else ()),
             ]
             for kind, each in {**one.kinds, "all": one.whole}.items()
         ]
-        table = _table([*heads, *(["ΔW/W", "largest", "intruders"] if beside else [])], rows)
+        figures = table([*heads, *(["ΔW/W", "largest", "intruders"] if beside else [])], rows)
         drawing = _where(one)
-    return f"<section><h2>{text(one.name)}</h2>{table}{drawing}</section>{told}"
+    return f"<section><h2>{text(one.name)}</h2>{figures}{drawing}</section>{told}"
 
 
 def _where(one: Inspected) -> str:
@@ -119,9 +124,9 @@ def _adapters(found: Inspection) -> str:
         figures = (
             (whole.layers, whole.rank_to, whole.norm, whole.effective_rank, whole.kept) if whole else (0, 0, 0, 0, 1)
         )
-        rows.append([one.name, "verified" if one.has_card else "none", *map(_number, figures)])
+        rows.append([one.name, "verified" if one.has_card else "none", *map(number, figures)])
     heads = ["", "card", "layers", "rank", "norm", "effective rank", f"kept at {found.rank}"]
-    return f"<section><h2>{len(rows)} adapters</h2>{_table(heads, rows)}</section>"
+    return f"<section><h2>{len(rows)} adapters</h2>{table(heads, rows)}</section>"
 
 
 def _pairs(found: Inspection) -> list[str]:
@@ -149,8 +154,8 @@ def _extremes(found: Inspection) -> list[str]:
     names = [one.name for one in found.adapters]
     sections = []
     for kind, those in found.extremes().items():
-        rows = [[names[p.first], names[p.second], *(_number(asdict(p)[m]) for m in measures)] for p in those]
-        sections.append(f"<section><h2>{_EXTREMES[kind]}</h2>{_table(heads, rows)}</section>")
+        rows = [[names[p.first], names[p.second], *(number(asdict(p)[m]) for m in measures)] for p in those]
+        sections.append(f"<section><h2>{_EXTREMES[kind]}</h2>{table(heads, rows)}</section>")
     return sections
 
 
@@ -159,29 +164,10 @@ def _together(found: Inspection) -> str:
         return ""
     sum_of_all = found.together
     aligned = zip(found.adapters, sum_of_all.alignment, strict=True)
-    rows = [[one.name, _number(ratio)] for one, ratio in aligned]
+    rows = [[one.name, number(ratio)] for one, ratio in aligned]
     return (
         f"<section><h2>Sum of all</h2><p>At rank {found.rank} the sum of all updates keeps "
-        f"{100 * sum_of_all.kept:.1f} % of its squared norm.</p>{_table(['', 'alignment'], rows)}"
+        f"{100 * sum_of_all.kept:.1f} % of its squared norm.</p>{table(['', 'alignment'], rows)}"
         '<p class="small">Alignment: part of each update in the directions which the sum writes 95 % of itself to '
         "(arXiv 2502.04959), mean over layers.</p></section>"
     )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{text(each)}</th>" for each in heads)
-    body = "".join(_row(row) for row in rows)
-    return (
-        f'<div class="scroll"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _row(row: Sequence[str]) -> str:
-    cells = "".join(f"<td>{text(cell)}</td>" for cell in row[1:])
-    return f'<tr><th class="name">{text(row[0])}</th>{cells}</tr>'
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")

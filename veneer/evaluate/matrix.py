@@ -13,7 +13,8 @@ LONGEST = 28  # letters of a name
 def matrix(names: Sequence[str], values: Mapping[tuple[int, int], float | None], label: str, top: float) -> str:
     """A cell for each pair (i, j) and (j, i) with its value, the fuller the larger; of another colour below zero.
 
-    values: (i, j) -> value, i < j. top: the size that is full. Rows are named, columns numbered like them.
+    values: (i, j), row and column -> value; one of (i, j) and (j, i) stands for both. top: the size that is full. Rows
+    are named, columns numbered like them.
     """
     shown = [
         f"{place + 1}  {name[: LONGEST - 1] + '…' if len(name) > LONGEST else name}" for place, name in enumerate(names)
@@ -22,7 +23,7 @@ def matrix(names: Sequence[str], values: Mapping[tuple[int, int], float | None],
     width, height = left + CELL * len(names), ROW * (len(names) + 1)
     heads = "".join(_text(left + (i + 0.5) * CELL, 0.65 * ROW, str(i + 1), "middle") for i in range(len(names)))
     rows = "".join(_text(0, (i + 1.65) * ROW, name, "start") for i, name in enumerate(shown))
-    both_ways = {**values, **{(j, i): value for (i, j), value in values.items()}}
+    both_ways = {**{(j, i): value for (i, j), value in values.items()}, **values}
     cells = "".join(_cell(left, i, j, value, names, top) for (i, j), value in sorted(both_ways.items()))
     return (
         f'<svg role="img" aria-label="{text(label)}" viewBox="0 0 {width:.0f} {height}" '

@@ -1,7 +1,8 @@
-"""The frame of the report page: shell, style sheet, and how text gets in."""
+"""The frame of the report page: shell, style sheet, tables, and how text gets in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -105,3 +106,24 @@ summary { cursor: pointer; } summary h2 { display: inline; } .plain { margin-top
   .card { padding: 14px; } .card dl { grid-template-columns: 1fr; gap: 0; } .card dd { margin-bottom: 8px; } }
 @media print { .cards { display: block; } .card { break-inside: avoid; margin-bottom: 12px; } .chip { display: none; } }
 """
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table; the first cell of a row names it."""
+    head = "".join(f"<th>{text(each)}</th>" for each in heads)
+    body = "".join(_row(row) for row in rows)
+    return (
+        f'<div class="scroll"><table class="scores"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _row(row: Sequence[str]) -> str:
+    cells = "".join(f"<td>{text(cell)}</td>" for cell in row[1:])
+    return f'<tr><th class="name">{text(row[0])}</th>{cells}</tr>'
+
+
+def number(value: Any) -> str:
+    """A number of three figures; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("-", "\N{MINUS SIGN}")

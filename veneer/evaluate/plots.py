@@ -74,7 +74,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], width: int = WIDE) -> str:
         return _svg(figure, "Loss by training step")
 
 
-def heat_map(grid: Grid, width: int = WIDE) -> str:
+def heat_map(grid: Grid, width: int = WIDE, label: str = "Relative update norm by module and layer") -> str:
     """A cell for each module (row) and layer (column), the fuller the larger its update; "" for an empty grid."""
     if not grid.values:
         return ""
@@ -91,7 +91,7 @@ def heat_map(grid: Grid, width: int = WIDE) -> str:
         axes.set_xlim(-0.5, len(grid.layers) - 0.5)
         axes.set_ylim(len(grid.modules) - 0.5, -0.5)
         _name_cells(axes, grid, width)
-        return _svg(figure, "Relative update norm by module and layer")
+        return _svg(figure, label)
 
 
 def grid(norms: Mapping[str, float]) -> Grid:

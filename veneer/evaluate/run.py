@@ -59,7 +59,7 @@ def evaluate(
     finite), all but the last before any work is done.
     """
     _check(slots, metrics, where, rows)
-    _check_family(rows, metrics, where)
+    check_family(rows, metrics, where)
     of_text = [name for name in metrics if name not in LIKELIHOOD and name not in CHOICE]
     of_tokens = [name for name in metrics if name in LIKELIHOOD]
     of_choices = [name for name in metrics if name in CHOICE]
@@ -129,7 +129,7 @@ def _check(
         raise DataError(f"{where} has no rows: nothing to evaluate on. Give a file with at least one row.")
 
 
-def _check_family(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], where: str) -> None:
+def check_family(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], where: str) -> None:
     """Raises DataError for metrics that such rows cannot have."""
     family, unfit = family_of(rows), [name for name in metrics if name not in LIKELIHOOD]
     if family == "preference":

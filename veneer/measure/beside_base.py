@@ -43,7 +43,7 @@ def on_base(adapter: Adapter, model: nn.Module, progress: bool = False) -> OnBas
     """The model is as it was afterwards. Raises WrongBaseError where the adapter does not belong on it."""
     ends = (embedding_path(model), head_path(model))
     ratios, found = {}, {}
-    notes = _attached(model, adapter)
+    notes = attach_silently(model, adapter, SLOT)
     try:
         methods = methods_of(model, SLOT)
         for path in shown(list(methods), "beside the base", progress):
@@ -57,11 +57,11 @@ def on_base(adapter: Adapter, model: nn.Module, progress: bool = False) -> OnBas
     return OnBase(notes, ratios, found)
 
 
-def _attached(model: nn.Module, adapter: Adapter) -> tuple[str, ...]:
+def attach_silently(model: nn.Module, adapter: Adapter, slot: str) -> tuple[str, ...]:
     """What `attach` tells, which is for the figures and not for the person as well; other warnings go on."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", Note)
-        attach(model, adapter, SLOT)
+        attach(model, adapter, slot)
     for one in told:
         if not issubclass(one.category, Note):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

@@ -1,6 +1,6 @@
 """One adapter by itself: how large each update is, and over how many directions it is spread.
 
-Legend: R rank, K directions, I in, O out.
+Legend: n updates, R rank, K directions, I in, O out.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from veneer.adapter.card import Adapter
 from veneer.adapter.experts import parameter_of
-from veneer.lowrank import NEGLIGIBLE, svd
+from veneer.lowrank import NEGLIGIBLE, svd_each
 
 MOST, NEARLY_ALL = 0.9, 0.99  # of ‖ΔW‖²
+_AT_ONCE = 64  # updates decomposed together
 
 
 @dataclass(frozen=True)
@@ -64,27 +66,45 @@ class Summary:
 
 def directions(a_RI: Tensor, b_OR: Tensor) -> Directions:
     """Of B·A. Exact up to rounding, whatever the factors."""
-    u_OK, s_K, v_IK = svd(a_RI, b_OR)
-    kept_K = (s_K > NEGLIGIBLE * s_K[:1]) & (s_K > 0)
-    return Directions(u_OK[:, kept_K], s_K[kept_K], v_IK[:, kept_K])
+    return each_directions([(a_RI, b_OR)])[0]
+
+
+def each_directions(factors: Sequence[tuple[Tensor, Tensor]]) -> list[Directions]:
+    """`directions` of many updates (a_RI, b_OR) of one weight, in their order."""
+    by_rank: dict[int, list[int]] = {}
+    for place, (a_RI, _) in enumerate(factors):
+        by_rank.setdefault(len(a_RI), []).append(place)
+    found: dict[int, Directions] = {}
+    for places in by_rank.values():
+        for start in range(0, len(places), _AT_ONCE):
+            here = places[start : start + _AT_ONCE]
+            a_nRI, b_nOR = (torch.stack([factors[place][side] for place in here]) for side in (0, 1))
+            found |= zip(here, map(_kept, *svd_each(a_nRI, b_nOR)), strict=True)
+    return [found[place] for place in range(len(factors))]
+
+
+def _kept(u_OK: Tensor, s_K: Tensor, v_IK: Tensor) -> Directions:
+    count = int(((s_K > NEGLIGIBLE * s_K[:1]) & (s_K > 0)).sum())  # largest first
+    return Directions(u_OK[:, :count], s_K[:count], v_IK[:, :count])
 
 
 def update(rank: int, s_K: Tensor, wanted: int) -> Update:
     """Figures of an update with singular values s, largest first. rank: of its factors. wanted: the rank to cut to."""
-    energy_K = s_K.double().square()
-    total = float(energy_K.sum())
-    if total == 0:
+    sizes = [size for size in s_K.tolist() if size > 0]  # plain numbers: tens of times faster than tensors of a few
+    shares = list(accumulate(size * size for size in sizes))
+    if not shares:
         return Update(rank, 0.0, 0.0, 1.0, 0, 0, 1.0)
-    share_K = energy_K.cumsum(0) / total
-    entropy = float(torch.special.entr(s_K / s_K.sum()).sum())
+    energy, total = shares[-1], math.fsum(sizes)
+    shares = [share / energy for share in shares]
+    entropy = -math.fsum(size / total * math.log(size / total) for size in sizes)
     return Update(
         rank=rank,
-        norm=math.sqrt(total),
+        norm=math.sqrt(energy),
         effective_rank=math.exp(entropy),
-        first=float(share_K[0]),
-        directions_90=_needed(share_K, MOST),
-        directions_99=_needed(share_K, NEARLY_ALL),
-        kept=min(1.0, float(share_K[min(wanted, len(share_K)) - 1])),
+        first=shares[0],
+        directions_90=_needed(shares, MOST),
+        directions_99=_needed(shares, NEARLY_ALL),
+        kept=shares[min(wanted, len(shares)) - 1],
     )
 
 
@@ -121,6 +141,6 @@ def median(values: Sequence[float]) -> float:
     return float(ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2)
 
 
-def _needed(share_K: Tensor, wanted: float) -> int:
+def _needed(shares: Sequence[float], wanted: float) -> int:
     """How many of the directions hold the share; a share that rounding alone keeps below it counts."""
-    return min(len(share_K), 1 + int((share_K < wanted - 1e-12).sum()))
+    return min(len(shares), 1 + sum(share < wanted - 1e-12 for share in shares))
