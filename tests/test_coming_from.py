@@ -81,6 +81,7 @@ def test_options_in_the_prose_exist() -> None:
         "get_peft_model",
         "train_on_responses_only",
         "save_pretrained_merged",
+        "save_pretrained_gguf",
         "add_weighted_adapter",
     } <= set(SPELLINGS)
 

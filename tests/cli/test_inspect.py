@@ -9,8 +9,10 @@ from typing import Any
 from xml.dom import minidom
 
 import pytest
+import torch
 
-from tests.measure.making import random
+from tests.evaluate.pico_reader import pico_reader
+from tests.measure.making import made, random
 
 
 @pytest.fixture
@@ -72,6 +74,12 @@ def test_a_name_is_text_in_the_page(veneer: Any, tmp_path: Path) -> None:
         (("nowhere", "--target", "tgi"), "--target"),
         (("nowhere", "--output", "page.json"), ".html"),
         (("nowhere", "--load-in-4bit"), "--base-model"),
+        (("a", "b", "--base-model", "m", "--dataset", "x.jsonl"), "a file for each adapter, in their order: 2, got 1"),
+        (("a", "--base-model", "m", "--dataset", "x.jsonl", "y.jsonl"), "in their order: 1, got 2"),
+        (("a", "--base-model", "m", "--dataset", "x.jsonl"), "2 to 8 adapters"),
+        (("a", "b", "--dataset", "x.jsonl,y.jsonl"), "--base-model"),
+        (("a", "b", "--limit", "3", "--seed", "1"), "--limit and --seed are for --dataset"),
+        (("a", "b", "--base-model", "m", "--dataset", "x.jsonl", "y.csv"), "x.jsonl"),
     ],
 )
 def test_bad_input(veneer: Any, words: tuple[str, ...], says: str) -> None:
@@ -86,3 +94,39 @@ def test_a_broken_adapter_is_the_usual_error(veneer: Any, folders: list[Path]) -
     answer = veneer("inspect", folders[0], "--target", "vllm")
     assert answer.code == 2
     assert "cannot be loaded" in answer.err
+
+
+def test_with_data(veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, JSON and page of two adapters, with a base that is made here."""
+    base = pico_reader()
+    monkeypatch.setattr("veneer.model.load.load", lambda *_, **__: base)
+    modules = {path: (module.in_features, module.out_features) for path, module in linear_layers(base.model)}
+    words: list[Any] = ["inspect"]
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        factors = {
+            m: (torch.randn(2, i, generator=generator) / 8, torch.randn(o, 2, generator=generator) / 8)
+            for m, (i, o) in modules.items()
+        }
+        words.append(made(factors).save(tmp_path / f"s{seed}"))
+    for file in ("a.jsonl", "b.jsonl"):
+        rows = [{"question": f"{n} and {file}", "completion": str(n)} for n in range(6)]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words += ["--base-model", "pico", "--columns", "prompt=question", "--limit", 4]
+    words += ["--dataset", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    answer = veneer(*words, "--json", "--output", tmp_path / "page.html")
+    assert answer.code == 0
+    first, second = json.loads(answer.out)["data"]
+    assert (first["adapter"], second["adapter"], first["rows"]) == ("s0", "s1", 4)
+    [beside] = first["beside"]
+    assert beside["other"] == "s1"
+    assert beside["functional"]["layers"] == 14
+    assert beside["change"]["score"] == pytest.approx(beside["loss"]["score"] - first["base"]["score"])
+    assert beside["summed_change"]["score"] == pytest.approx(beside["summed"]["score"] - first["loss"]["score"])
+    assert "A/2 + B/2" in answer.err
+    assert "s0 : s1" in answer.err
+    assert "Written on the inputs of s0" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def linear_layers(model: Any) -> list[tuple[str, Any]]:
+    return [(p, m) for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and p != "lm_head"]

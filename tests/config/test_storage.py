@@ -64,5 +64,5 @@ def test_every_verb_that_loads_a_base_has_them() -> None:
 
 
 def test_merging_is_into_dense_weights() -> None:
-    with pytest.raises(ConfigError, match=r"dense weights.*leave load_in_4bit out"):
-        MergeSettings.from_flat({"adapters": "a", "output": "o", "into_base": True, "load_in_4bit": True})
+    with pytest.raises(ConfigError, match=r"dense weights.*leave load_in_8bit out"):
+        MergeSettings.from_flat({"adapters": "a", "output": "o", "into_base": True, "load_in_8bit": True})

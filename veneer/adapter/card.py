@@ -12,7 +12,7 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, InitVar, dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,19 +120,22 @@ class Adapter:
     `<module path>.m` (O); `<module path>.rows` (N, D) are rows of tokens, whose ids the card's settings tell. All
     float32, contiguous, on the CPU, finite, sorted by name; copies of what was given, so that training on does not
     change a value. Two adapters are the same if their `identity` is. Raises AdapterError with every fault.
+
+    copied: False hands the tensors over, to whoever holds them nowhere else; it saves their memory once.
     """
 
     tensors: dict[str, Tensor]
     card: Card
+    copied: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, copied: bool) -> None:
         rows = {name.removesuffix(".rows"): t for name, t in self.tensors.items() if name.endswith(".rows")}
         factors = {name: tensor for name, tensor in self.tensors.items() if not name.endswith(".rows")}
         faults = method_faults(self.card.method) or tensor_faults(factors, method_class(self.card.method).kinds)
         faults += vocabulary_faults(rows, self.card.settings, self.modules())
         if faults := [*faults, *module_faults(factors, self.card.ranks, self.card.scales)]:
             raise AdapterError(listed("Not an adapter:", faults, "Nothing was made."))
-        owned = {name: _owned(tensor) for name, tensor in sorted(self.tensors.items())}
+        owned = {name: _owned(tensor, copied) for name, tensor in sorted(self.tensors.items())}
         object.__setattr__(self, "tensors", owned)
 
     @property
@@ -234,8 +237,8 @@ class Adapter:
         return path
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+def _owned(tensor: Tensor, copied: bool) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=copied).contiguous()
 
 
 def _natural(module: str) -> list[tuple[int, int | str]]:

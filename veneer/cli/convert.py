@@ -1,4 +1,4 @@
-"""`veneer convert`: any adapter becomes plain PEFT LoRA, at a lower rank if asked for; or a tuned model an adapter."""
+"""`veneer convert`: any adapter becomes plain LoRA, for PEFT or as GGUF; or a tuned model an adapter."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.cli.layers import print_layers
+from veneer.cli.load import base_of
 from veneer.cli.output import print_json, say
 from veneer.cli.parse import Command, parse
 from veneer.config import ConvertSettings
 
 COMMAND = Command(
     name="convert",
-    summary="any adapter -> plain PEFT LoRA, compressed to a rank; or the adapter of a tuned model",
+    summary="any adapter -> plain LoRA for PEFT or llama.cpp, compressed to a rank; or the adapter of a tuned model",
     settings=ConvertSettings,
     positional="adapter",
     second="output",
@@ -34,12 +35,24 @@ def run(argv: Sequence[str]) -> int:
 
 def _report(settings: ConvertSettings) -> dict[str, Any]:
     if settings.extract is None:
+        if settings.to == "gguf":
+            return _gguf(settings)
         from veneer.merge.convert import convert_folder
 
         return convert_folder(settings).to_json()
     from veneer.merge.extract import extract_folder
 
     return extract_folder(settings).to_json()
+
+
+def _gguf(settings: ConvertSettings) -> dict[str, Any]:
+    from veneer.merge.gguf.export import export_adapter
+
+    base = base_of(settings.base_model, [str(settings.adapter)])
+    report = export_adapter(settings, base).to_json()
+    files = f"llama-cli -m BASE.gguf --lora {settings.output}/adapter.gguf"
+    say(f"next: {files}, or ollama create NAME -f {settings.output}/Modelfile")
+    return report
 
 
 def _parameters(report: Mapping[str, Any]) -> str:

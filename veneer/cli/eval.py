@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.cli.load import base_of
-from veneer.cli.output import print_json, print_table, say, shown
+from veneer.cli.output import print_json, print_table, say, short
 from veneer.cli.parse import Command, parse
 from veneer.config import EvalSettings
 from veneer.places import check_file
@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     result = evaluate_files(settings).to_json()
     _write(settings.output, result)
     title = f"{settings.dataset or ', '.join(settings.harness)}: score and 95 % interval"
-    heads, rows = grouped(result["metrics"], _short)
+    heads, rows = grouped(result["metrics"], short)
     print_table(title, heads, rows, json=parsed.json)
     for note in result.get("notes") or ():
         say(f"note: {note}")
@@ -44,17 +44,12 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _short(value: Any) -> str:
-    """A number in a table with intervals, where many stand side by side."""
-    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else shown(value)
-
-
 def _write(output: str | None, result: Mapping[str, Any]) -> None:
     """The table as Markdown where the file is called so, else all of the result as JSON."""
     if output is not None:
         from veneer.evaluate.table import markdown
 
         whole = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
-        text = markdown(result, _short) if Path(output).suffix.lower() == ".md" else whole
+        text = markdown(result, short) if Path(output).suffix.lower() == ".md" else whole
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(text, encoding="utf-8")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli.on_data import print_on_data
 from veneer.cli.output import print_facts, print_json, print_table, say
 from veneer.cli.parse import Command, parse
 from veneer.config import InspectSettings
 
 if TYPE_CHECKING:
+    from veneer.evaluate.on_data import OnFile
     from veneer.measure.inspection import Inspected, Inspection
     from veneer.measure.pairs import Pair
 
@@ -39,30 +41,53 @@ def run(argv: Sequence[str]) -> int:
     settings = parsed.settings
     from veneer.measure.inspection import inspect
 
-    found = inspect(settings.adapters, _model(settings), settings.target, settings.rank)
-    result = found.to_json()
+    rows = _rows(settings)
+    loaded = _loaded(settings)
+    found = inspect(settings.adapters, loaded and loaded.model, settings.target, settings.rank)
+    data = _on_data(settings, found, loaded, rows) if rows else ()
+    result = found.to_json() | ({"data": [one.to_json(_names(found)) for one in data]} if data else {})
     if settings.output is not None:
         from veneer.evaluate.inspection_page import write_inspection
 
-        write_inspection(settings.output, found)
+        write_inspection(settings.output, found, data)
         say(f"written: {settings.output}")
-    _print(found, parsed.json)
+    _print(found, parsed.json, data)
     if parsed.json:
         print_json(result)
     return 0 if found.loads else 2
 
 
-def _model(settings: InspectSettings) -> Any:
+def _rows(settings: InspectSettings) -> list[Any]:
+    """Of each data file: before a model is loaded, which takes longer than to find one missing."""
+    if not settings.dataset:
+        return []
+    from veneer.evaluate.on_data import read_files
+
+    return read_files(settings.dataset, settings.columns, settings.limit)
+
+
+def _on_data(settings: InspectSettings, found: Inspection, loaded: Any, rows: list[Any]) -> tuple[OnFile, ...]:
+    from veneer.evaluate.on_data import on_data
+
+    adapters = [one.adapter for one in found.adapters]
+    return on_data(loaded, adapters, _names(found), settings.dataset, rows, settings.seed, say)
+
+
+def _names(found: Inspection) -> list[str]:
+    return [one.name for one in found.adapters]
+
+
+def _loaded(settings: InspectSettings) -> Any:
     """The base in float32, whose weights are those of the checkpoint, unless another dtype was asked for."""
     if settings.base_model is None:
         return None
     from veneer.model.load import load
 
     dtype = "float32" if settings.dtype == "auto" else settings.dtype
-    return load(settings.base_model, dtype, storage=settings.storage).model
+    return load(settings.base_model, dtype, storage=settings.storage)
 
 
-def _print(found: Inspection, json: bool) -> None:
+def _print(found: Inspection, json: bool, data: Sequence[OnFile]) -> None:
     from veneer.measure.inspection import FEW
 
     if len(found.adapters) <= FEW:
@@ -73,6 +98,8 @@ def _print(found: Inspection, json: bool) -> None:
     _print_pairs(found, json)
     if found.together is not None:
         print_facts("sum of all", _together(found), json=json)
+    if data:
+        print_on_data(data, _names(found), json)
     for note in found.notes:
         say(f"note: {note}")
     for one in found.adapters:

@@ -135,6 +135,11 @@ def shown(value: Any) -> str:
     return ", ".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def short(value: Any) -> str:
+    """A number in a table with intervals, where many stand side by side."""
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 10 else shown(value)
+
+
 def _is_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
 

@@ -147,7 +147,7 @@ class _Line:
         for word in words:
             if word.endswith((".yaml", ".yml")):
                 self.files.append(word)
-            elif self.open and (_is_number(word) or not self.command.positional):
+            elif self.open and (_is_number(word) or self._is_next_file(word) or not self.command.positional):
                 self._set(self.open, word)
             elif self.command.positional:
                 first, second = self.command.positional, self.command.second
@@ -155,6 +155,10 @@ class _Line:
             else:
                 hint = f"; did you mean --dataset {word}?" if "dataset" in self.known and word.endswith(_DATA) else ""
                 self.faults.append(f"{word} stands alone; every value follows its --option, but for FILE.yaml{hint}")
+
+    def _is_next_file(self, word: str) -> bool:
+        """Whether the word goes on with data files, where words alone are something else."""
+        return self.known[str(self.open)].name == "dataset" and (word.endswith(_DATA) or word.startswith("hub:"))
 
     def _is_flag(self, name: str) -> bool:
         option: Option | None = self.known.get(name)

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.config.files import read_yaml
-from veneer.config.merging import OPTIONS, SETTINGS, CutSettings, MethodOptions, methods_with, spelt
+from veneer.config.merging import OPTIONS, SETTINGS, CutSettings, MethodOptions, data_methods, methods_with, spelt
 from veneer.config.options import options_of
-from veneer.config.values import Folder, Folders, Metavar, ModelName, Weights, split_list
-from veneer.config.verbs import BaseSettings
+from veneer.config.run import ColumnSettings
+from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Weights, split_list
+from veneer.config.verbs import BaseSettings, Positive
 from veneer.errors import nearest
 
 
@@ -26,10 +27,13 @@ def _known(method: str) -> str:
     return method
 
 
+_OF_BASE = ("format", "force")
 Method = Annotated[str, AfterValidator(_known), Metavar("METHOD")]
+FilesInOrder = Annotated[list[File], BeforeValidator(split_list), Metavar("FILE ...")]
+_OF_DATA = ("metrics", "limit", "columns")
 
 
-class MergeSettings(MethodOptions, BaseSettings):
+class MergeSettings(MethodOptions, BaseSettings, ColumnSettings):
     """Several adapters become one, or one a part of its base."""
 
     group: ClassVar[str] = "Merge"
@@ -37,11 +41,30 @@ class MergeSettings(MethodOptions, BaseSettings):
     adapters: Annotated[Folders, Field(min_length=1)] = Field(
         description="adapter folders; FOLDER@sha256:IDENTITY is an error where the folder holds another one"
     )
-    method: Method = Field(default="linear", description=f"how several become one: {', '.join(SETTINGS)}")
+    method: Method = Field(
+        default="linear",
+        description=f"how several become one: {', '.join(SETTINGS)}; with `dataset`: {', '.join(data_methods())}",
+    )
     weights: Weights | None = Field(
         default=None, description="one for each adapter, negative to take away; default: equal, 1 in all"
     )
+    dataset: FilesInOrder = Field(
+        default=[],
+        description="a data file for each adapter, in their order, as for eval: the result is compared on each with "
+        "the adapters and the base; methods that read data get every other row, and the report the rest",
+    )
+    metrics: Annotated[Names, Field(min_length=1)] = Field(
+        default=["loss"], description="what the comparison on `dataset` measures, as for eval"
+    )
+    limit: Positive | None = Field(default=None, description="only the first N rows of each file of `dataset`")
     into_base: bool = Field(default=False, description="instead, add one adapter to the weights of its base")
+    format: Literal["transformers", "gguf"] = Field(
+        default="transformers",
+        description="of the model of `into_base`: a folder for transformers, or a file for llama.cpp and Ollama",
+    )
+    force: bool = Field(
+        default=False, description="`into_base` with `load_in_4bit`: write it in 4 bits, which few updates survive"
+    )
     output: Folder = Field(description="folder for the merged adapter or model; must be new or empty")
 
     def method_options(self) -> dict[str, Any]:
@@ -56,18 +79,23 @@ class MergeSettings(MethodOptions, BaseSettings):
         return self
 
     def _into_base_faults(self) -> list[str]:
-        idle = [name for name in ("method", "weights") if name in self.model_fields_set] + list(self.method_options())
+        of_several = ("method", "weights", "dataset", *_OF_DATA)
+        idle = [name for name in of_several if name in self.model_fields_set] + list(self.method_options())
         faults = [f"{_listed(idle)}: of several adapters; leave out beside `into_base`"] if idle else []
         if len(self.adapters) > 1:
             faults.append("one adapter is merged into the base at a time")
-        if self.storage != "dense":
+        if self.storage not in ("dense", "nf4", "nf4-dq"):
             options = _listed(self.storage_options())
             faults.append(f"the update is added to the dense weights, whatever it was trained on; leave {options} out")
+        elif self.storage != "dense" and self.format == "gguf":
+            faults.append("`load_in_4bit`: a GGUF is written dense; leave it out, and use llama.cpp's llama-quantize")
+        if self.force and self.storage == "dense":
+            faults.append("`force` is for `load_in_4bit`")
         return faults
 
     def _faults(self) -> list[str]:
-        idle = [name for name in BaseSettings.model_fields if name in self.model_fields_set]
-        faults = [f"{_listed(idle)}: for `into_base` only; adapters are merged without their base"] if idle else []
+        idle = [name for name in _OF_BASE if name in self.model_fields_set]
+        faults = self._data_faults() + ([f"{_listed(idle)}: for `into_base` only"] if idle else [])
         if len(self.adapters) == 1 and not self.model_fields_set & {"method", "weights"}:
             faults.append("one adapter alone: add `into_base`, or name more; to compress it: veneer convert IN OUT")
         if self.weights is not None and len(self.weights) != len(self.adapters):
@@ -75,6 +103,21 @@ class MergeSettings(MethodOptions, BaseSettings):
         has = SETTINGS[self.method].model_fields
         strange = [name for name in self.method_options() if name not in has]
         return faults + [f"`{name}` is no option of {self.method}; of {spelt(methods_with(name))}" for name in strange]
+
+    def _data_faults(self) -> list[str]:
+        given = self.model_fields_set
+        if self.dataset:
+            wanted, got = len(self.adapters), len(self.dataset)
+            return [] if got == wanted else [f"`dataset`: got {got} for {wanted} adapters; give one for each"]
+        base = [name for name in BaseSettings.model_fields if name in given]
+        told = "for `into_base` or with `dataset` only; adapters are merged without their base"
+        faults = [f"{_listed(base)}: {told}"] if base else []
+        if SETTINGS[self.method].reads_data:
+            faults.append(f"{self.method} reads data: give `dataset`, a file for each adapter")
+        if getattr(self, "activation_aware", None):
+            faults.append("`activation_aware` reads data: give `dataset`, a file for each adapter")
+        idle = [name for name in _OF_DATA if name in given]
+        return faults + ([f"{_listed(idle)}: with `dataset` only"] if idle else [])
 
 
 class ConvertSettings(CutSettings):
@@ -84,11 +127,16 @@ class ConvertSettings(CutSettings):
 
     adapter: Folder | None = Field(default=None, description="adapter folder to convert: the first word alone")
     output: Folder = Field(description="folder for the result, new or empty: the second word alone")
-    to: Literal["peft"] = Field(default="peft", description="plain LoRA that PEFT loads, scale 1")
+    to: Literal["peft", "gguf"] = Field(
+        default="peft",
+        description="plain LoRA of scale 1: a folder that PEFT loads, or a file for llama.cpp and Ollama",
+    )
     extract: ModelName | None = Field(
         default=None, description="instead, the adapter nearest to what this tuned model changed: folder or hub id"
     )
-    base_model: ModelName | None = Field(default=None, description="the model that it was tuned from")
+    base_model: ModelName | None = Field(
+        default=None, description="the model that it was tuned from; of an adapter `to` gguf, default: the one it names"
+    )
     force: bool = Field(
         default=False, description="extract although norms, embeddings or biases changed too: what is lost is told"
     )
@@ -101,12 +149,15 @@ class ConvertSettings(CutSettings):
         return self
 
     def _adapter_faults(self) -> list[str]:
-        idle = [name for name in ("base_model", "force") if name in self.model_fields_set]
+        of_extract = ("force",) if self.to == "gguf" else ("base_model", "force")
+        idle = [name for name in of_extract if name in self.model_fields_set]
         faults = [f"{_listed(idle)}: for `extract` only"] if idle else []
         return faults if self.adapter else [*faults, "nothing to convert: name an adapter folder, or give `extract`"]
 
     def _extract_faults(self) -> list[str]:
         faults = ["either an `adapter` to convert or a model to `extract` one from"] if self.adapter else []
+        if self.to != "peft":
+            faults.append("`extract` writes a PEFT folder; convert that `to` gguf")
         if self.base_model is None:
             faults.append("`extract` needs `base_model`: the model that the tuned one was made from")
         if self.rank is None and self.energy is None:
@@ -122,9 +173,15 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         option = known.get(key.replace("-", "_"))
         if option and option.name == "output" and isinstance(value, str):
             options[key] = os.path.join(folder, value)
-        elif option and option.name == "adapters" and isinstance(found := split_list(value), list):
-            options[key] = [os.path.join(folder, one) if isinstance(one, str) else one for one in found]
+        elif option and option.name in ("adapters", "dataset") and isinstance(found := split_list(value), list):
+            options[key] = [_beside(folder, one) if isinstance(one, str) else one for one in found]
+        elif option and option.name == "base_model" and str(value).startswith(("./", "../")):
+            options[key] = os.path.join(folder, value)
     return options
+
+
+def _beside(folder: Path, name: str) -> str:
+    return name if name.startswith("hub:") else os.path.join(folder, name)
 
 
 def _listed(names: Iterable[str]) -> str:

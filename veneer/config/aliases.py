@@ -84,7 +84,7 @@ ADVICE: dict[str, str] = {
     "weight": "write `weights`, a list with a number for each adapter",
     "parameters": "write each option at the top level: `density`",
     "lambda": "write `scale`",
-    "normalize": "`weights` are taken as they are, but by ties and dare_ties, where they are relative",
+    "normalize": "`weights` are taken as they are, but by ties, dare_ties and regmean, where they are relative",
     "majority_sign_method": "ties elects the sign of the weighted sum; leave it out",
     "svd_clamp": "nothing is clamped; leave it out",
     "packing": "sequences are always packed; leave it out",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from veneer.config.settings import Settings
 from veneer.config.values import Seed
@@ -19,6 +20,7 @@ class CatSettings(Settings):
     """Concatenation."""
 
     group: ClassVar[str] = "Method"
+    reads_data: ClassVar[bool] = False  # whether the method cannot do without rows of each parent
 
 
 class CutSettings(Settings):
@@ -37,6 +39,18 @@ class LinearSettings(CutSettings, CatSettings):
 
     scale: float = Field(default=1.0, description="multiply the result")
     exact: bool = Field(default=False, description="Householder QR in float64 throughout, two to three times slower")
+    activation_aware: bool = Field(
+        default=False,
+        description="cut to `rank` by what changes on the rows of `dataset`, not by the weights alone",
+    )
+
+    @model_validator(mode="after")
+    def _aware_of_something(self) -> LinearSettings:
+        if self.activation_aware and (self.rank is None or self.energy is not None):
+            raise PydanticCustomError(
+                "aware", "`activation_aware` is how to cut to a `rank`; give that, and no `energy`"
+            )
+        return self
 
 
 class SvdSettings(LinearSettings):
@@ -79,6 +93,14 @@ class CompressSettings(KnotsSettings):
     rank: int | None = Field(default=None, ge=1, description="rank of the shared spaces; default: that of the parents")
     inner: Elementwise = Field(default="linear", description="how entries are merged in the shared spaces")
 
+    @model_validator(mode="after")
+    def _cuts_nothing(self) -> CompressSettings:
+        if self.activation_aware:
+            raise PydanticCustomError(
+                "aware", "`activation_aware`: compress has its rank before it merges, and cuts nothing"
+            )
+        return self
+
 
 class TsvSettings(LinearSettings):
     """Task singular vectors, made orthogonal."""
@@ -102,6 +124,34 @@ class OrthogonalSettings(LinearSettings):
     )
 
 
+class RegmeanSettings(LinearSettings):
+    """The update that comes nearest to each adapter's outputs on its own rows."""
+
+    reads_data: ClassVar[bool] = True
+
+    ridge: float = Field(
+        default=1e-3, gt=0, description="added to the diagonal of what a layer reads, in parts of its mean"
+    )
+
+
+class LorahubSettings(LinearSettings):
+    """Weights that are found by trying."""
+
+    reads_data: ClassVar[bool] = True
+
+    evaluations: int = Field(default=40, ge=1, description="how many weightings are tried, those given first")
+    seed: Seed = Field(default=0, description="of what is tried")
+
+
+class LoraSoupsSettings(LinearSettings):
+    """Weights for each layer that are learned."""
+
+    reads_data: ClassVar[bool] = True
+
+    max_steps: int = Field(default=40, ge=1, description="steps of Adam, each on some rows of every file")
+    learning_rate: float = Field(default=0.02, gt=0, description="of the weights")
+
+
 # method -> its settings; veneer.merge.table has the methods themselves.
 SETTINGS: dict[str, type[CatSettings]] = {
     "linear": LinearSettings,
@@ -118,7 +168,15 @@ SETTINGS: dict[str, type[CatSettings]] = {
     "iso_cts": IsoCtsSettings,
     "orthogonal": OrthogonalSettings,
     "compress": CompressSettings,
+    "regmean": RegmeanSettings,
+    "lorahub": LorahubSettings,
+    "lora_soups": LoraSoupsSettings,
 }
+
+
+def data_methods() -> list[str]:
+    """The methods that read rows of each parent."""
+    return [method for method, settings in SETTINGS.items() if settings.reads_data]
 
 
 def methods_with(option: str) -> list[str]:

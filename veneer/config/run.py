@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from veneer.config.orthogonal import OrthogonalToSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import (
@@ -271,6 +273,7 @@ class RunConfig(StorageSettings):
     data: DataSettings
     lora: LoraSettings = Field(default_factory=LoraSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
+    orthogonal: OrthogonalToSettings = Field(default_factory=OrthogonalToSettings)
     hub: HubSettings = Field(default_factory=HubSettings)
     reporting: ReportingSettings = Field(default_factory=ReportingSettings)
 
@@ -282,6 +285,24 @@ class RunConfig(StorageSettings):
                 "`add_tokens` does not go with `loss` dpo, whose reference is the base, which cannot read them; teach "
                 "them with `loss` cross_entropy, merge that into the base, and train on pairs from there",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_orthogonal(self) -> RunConfig:
+        if not self.orthogonal.orthogonal_to:
+            return self
+        others = []
+        if self.lora.method != "lora":
+            others.append(f"`method` {self.lora.method}, which also changes what A does not read (give lora)")
+        if self.lora.init_lora_weights not in ("kaiming", "gaussian"):
+            others.append(f"`init_lora_weights` {self.lora.init_lora_weights}, which is kept in A (give kaiming)")
+        if self.train.optimizer_in_bwd:
+            others.append("`optimizer_in_bwd`, which updates before the term is added (leave it out)")
+        if os.path.realpath(self.output_dir) in map(os.path.realpath, self.orthogonal.orthogonal_to):
+            others.append("itself as `output_dir` (give another)")
+        if others:
+            reason = {"names": " and ".join(others)}
+            raise PydanticCustomError("orthogonal", "`orthogonal_to` does not go with {names}", reason)
         return self
 
     @model_validator(mode="after")

@@ -12,9 +12,11 @@ from pydantic_core import PydanticCustomError
 from veneer.config.run import ColumnSettings, HubNameSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
-from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict
+from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict, split_list
 
 Positive = Annotated[int, Field(ge=1)]
+DataFiles = Annotated[list[File], BeforeValidator(split_list), Metavar("FILE ...")]
+MOST_WITH_DATA = 8  # adapters: each file is read by each adapter alone, and by its own with each other, twice
 Target = Literal["peft", "vllm", "sglang", "llama.cpp"]
 
 
@@ -182,7 +184,7 @@ class PreviewSettings(ColumnSettings):
     add_tokens: Names = Field(default=[], description="words that become tokens, as for train")
 
 
-class InspectSettings(BaseSettings):
+class InspectSettings(BaseSettings, ColumnSettings):
     """What adapters are, alone and beside each other."""
 
     group: ClassVar[str] = "Inspection"
@@ -199,6 +201,12 @@ class InspectSettings(BaseSettings):
         description="tell what is kept at this rank, and take the target to be started for it; default: the largest "
         "of the adapters, and what the target allows unasked",
     )
+    dataset: DataFiles = Field(
+        default=[],
+        description="a data file for each adapter, in their order: what the others do to it, on `base_model`",
+    )
+    limit: Positive | None = Field(default=None, description="only the first N rows of each data file")
+    seed: Seed = Field(default=0, description="of the bootstrap intervals of losses")
     output: File | None = Field(default=None, description="write a page with heat maps to this .html file")
 
     @model_validator(mode="after")
@@ -211,7 +219,26 @@ class InspectSettings(BaseSettings):
                 "{options} says how `base_model` is stored; give one",
                 {"options": " and ".join(f"`{name}`" for name in idle)},
             )
+        self._check_data()
         return self
+
+    def _check_data(self) -> None:
+        files, adapters = len(self.dataset), len(self.adapters)
+        if not files and (idle := sorted({"columns", "limit", "seed"} & self.model_fields_set)):
+            told = {"idle": " and ".join(f"`{name}`" for name in idle), "verb": "is" if len(idle) == 1 else "are"}
+            raise PydanticCustomError("idle", "{idle} {verb} for `dataset`; give a data file for each adapter", told)
+        if files and files != adapters:
+            told = {"files": str(files), "adapters": str(adapters)}
+            raise PydanticCustomError(
+                "counts", "`dataset` wants a file for each adapter, in their order: {adapters}, got {files}", told
+            )
+        if files and self.base_model is None:
+            raise PydanticCustomError("model", "`dataset` is measured on a base model; give `base_model`")
+        if files and not 2 <= adapters <= MOST_WITH_DATA:
+            told = {"most": str(MOST_WITH_DATA), "adapters": str(adapters)}
+            raise PydanticCustomError(
+                "several", "`dataset` is for 2 to {most} adapters beside each other, got {adapters}; of one: eval", told
+            )
 
 
 class PushSettings(HubNameSettings):

@@ -81,7 +81,7 @@ class Template:
         self.notes: tuple[str, ...] = ()
         self._layout: str | None = None  # None: the tokenizer's own template
         if not tokenizer.chat_template:
-            self._layout = _plain_layout(tokenizer, self.name)
+            self._layout = plain_layout(tokenizer, self.name)
             self.notes = (f"{self.name} has no chat template: a row is prompt, line break, completion, end token",)
         added = tokenizer.added_tokens_decoder
         self._special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
@@ -290,7 +290,7 @@ def _notes(
     return notes
 
 
-def _plain_layout(tokenizer: Any, name: str) -> str:
+def plain_layout(tokenizer: Any, name: str) -> str:
     """A chat template of line breaks and end tokens, with a start token if the tokenizer itself would put one."""
     if tokenizer.eos_token is None:
         raise DataError(

@@ -13,8 +13,8 @@ Shapes: a_RI, b_OR with I inputs, O outputs, R rank; K = min(O, I, R), the most 
 from veneer.lowrank.algebra import Factors, add, concatenate, scale, subtract, without_zeros
 from veneer.lowrank.dense import Nearest, nearest
 from veneer.lowrank.frame import Frame, frame
-from veneer.lowrank.overlap import Overlap, cosine, inner, overlap, principal_angles
-from veneer.lowrank.spectrum import effective_rank, norm, singular_values, svd
+from veneer.lowrank.overlap import Overlap, cosine, directions, inner, overlap, principal_angles
+from veneer.lowrank.spectrum import effective_rank, norm, singular_values, svd, svd_each
 from veneer.lowrank.truncation import NEGLIGIBLE, Truncated, balanced, truncate
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "balanced",
     "concatenate",
     "cosine",
+    "directions",
     "effective_rank",
     "frame",
     "inner",
@@ -39,6 +40,7 @@ __all__ = [
     "singular_values",
     "subtract",
     "svd",
+    "svd_each",
     "truncate",
     "without_zeros",
 ]

@@ -21,7 +21,7 @@ CONDITION = 1e7
 
 @dataclass(frozen=True)
 class Frame:
-    """X = Q C with orthonormal Q (N, K); all float64.
+    """X = Q C with orthonormal Q (N, K); all float64. Of many matrices at once, each has a leading dimension more.
 
     coords_KR: C. Q itself is `x_NR @ inverse_RK`, or x_NR where that is None.
     """
@@ -52,12 +52,12 @@ def _from_qr(x_NR: Tensor) -> Frame:
 def _from_gram(x_NR: Tensor) -> Frame | None:
     """None where Q would not be orthonormal. Columns are taken at length 1 first, so that only angles count."""
     gram_RR = x_NR.mT @ x_NR
-    size_R = gram_RR.diagonal().sqrt()
-    lower_RR, failed = torch.linalg.cholesky_ex(gram_RR / size_R / size_R[:, None])
-    if failed or not lower_RR.isfinite().all():  # not finite: a column of zeros
+    size_R = gram_RR.diagonal(dim1=-2, dim2=-1).sqrt()
+    lower_RR, failed = torch.linalg.cholesky_ex(gram_RR / size_R[..., None, :] / size_R[..., None])
+    if failed.any() or not lower_RR.isfinite().all():  # not finite: a column of zeros
         return None
-    eye_RR = torch.eye(len(lower_RR), dtype=lower_RR.dtype, device=lower_RR.device)
+    eye_RR = torch.eye(lower_RR.shape[-1], dtype=lower_RR.dtype, device=lower_RR.device)
     inverse_RR = torch.linalg.solve_triangular(lower_RR, eye_RR, upper=False).mT
-    if inverse_RR.square().sum() > CONDITION:
+    if (inverse_RR.square().sum((-2, -1)) > CONDITION).any():
         return None
-    return Frame(x_NR, inverse_RR / size_R[:, None], lower_RR.mT * size_R)
+    return Frame(x_NR, inverse_RR / size_R[..., None], lower_RR.mT * size_R[..., None, :])

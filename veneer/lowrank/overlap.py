@@ -53,16 +53,16 @@ def principal_angles(a1_RI: Tensor, b1_OR: Tensor, a2_RI: Tensor, b2_OR: Tensor)
     float64, largest first, in [0, 1]; empty where one update is zero. Directions that are rounding do not count.
     """
     _check_same_weight(a1_RI, b1_OR, a2_RI, b2_OR)
-    u1_OK, v1_IK = _directions(a1_RI, b1_OR)
-    u2_OK, v2_IK = _directions(a2_RI, b2_OR)
+    u1_OK, v1_IK = directions(a1_RI, b1_OR)
+    u2_OK, v2_IK = directions(a2_RI, b2_OR)
     return _cosines(u1_OK, u2_OK), _cosines(v1_IK, v2_IK)
 
 
 def overlap(a1_RI: Tensor, b1_OR: Tensor, a2_RI: Tensor, b2_OR: Tensor) -> Overlap:
     """Cosine of two updates of one weight and the overlap of the spaces they write to and read from."""
     _check_same_weight(a1_RI, b1_OR, a2_RI, b2_OR)
-    u1_OK, v1_IK = _directions(a1_RI, b1_OR)
-    u2_OK, v2_IK = _directions(a2_RI, b2_OR)
+    u1_OK, v1_IK = directions(a1_RI, b1_OR)
+    u2_OK, v2_IK = directions(a2_RI, b2_OR)
     larger = max(u1_OK.shape[1], u2_OK.shape[1])
     return Overlap(
         cosine=cosine(a1_RI, b1_OR, a2_RI, b2_OR),
@@ -79,8 +79,8 @@ def _check_same_weight(a1_RI: Tensor, b1_OR: Tensor, a2_RI: Tensor, b2_OR: Tenso
     )
 
 
-def _directions(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
-    """U (O, K') and V (I, K'): the directions of B·A that are more than rounding."""
+def directions(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """U (O, K') and V (I, K'), orthonormal: what B·A writes and what it reads, without what is rounding; float64."""
     u_OK, s_K, v_IK = svd(a_RI, b_OR)
     kept_K = (s_K > NEGLIGIBLE * s_K[:1]) & (s_K > 0)
     return u_OK[:, kept_K], v_IK[:, kept_K]

@@ -37,6 +37,16 @@ def svd(a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u_OK * sign_K, s_K, v_IK * sign_K
 
 
+def svd_each(a_nRI: Tensor, b_nOR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (n, O, K), s (n, K), V (n, I, K) of n updates of one rank at once; float64, and U and V of either sign.
+
+    From Gram matrices where that is safe for all of them (`frame`), else by Householder QR.
+    """
+    left, right = frame(b_nOR), frame(a_nRI.mT)
+    u_nKK, s_nK, vt_nKK = torch.linalg.svd(left.coords_KR @ right.coords_KR.mT, full_matrices=False)
+    return left.lift(u_nKK), s_nK, right.lift(vt_nKK.mT)
+
+
 def effective_rank(a_RI: Tensor, b_OR: Tensor) -> float:
     """exp of the entropy of s / Σs (Roy and Vetterli, 2007), counted in directions.
 
@@ -59,5 +69,9 @@ def frames(a_RI: Tensor, b_OR: Tensor, exact: bool = False) -> tuple[Frame, Fram
 
 def column_signs(u_OK: Tensor) -> Tensor:
     """+1 or -1 for each column: the sign of its entry of largest size."""
-    largest_K = u_OK.abs().argmax(dim=0, keepdim=True)
-    return torch.where(u_OK.gather(0, largest_K)[0] < 0, -1.0, 1.0).to(u_OK.dtype)
+    above_K, below_K = u_OK.amax(dim=0), -u_OK.amin(dim=0)  # a tenth of the time of argmax
+    sign_K = torch.where(below_K > above_K, -1.0, 1.0)
+    if (tied_K := above_K == below_K).any():  # then the first of them decides, and u and -u still give opposite signs
+        first_K = (u_OK[:, tied_K].abs() == above_K[tied_K]).byte().argmax(dim=0, keepdim=True)
+        sign_K[tied_K] = torch.where(u_OK[:, tied_K].gather(0, first_K)[0] < 0, -1.0, 1.0)
+    return sign_K.to(u_OK.dtype)
