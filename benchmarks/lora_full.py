@@ -1,9 +1,10 @@
-"""LoRA beside full fine-tuning on real text: `python -m benchmarks.lora_full [--seeds 0,1,2] [--epochs 1]`.
+"""LoRA beside full fine-tuning on real text: `python -m benchmarks.lora_full [--data e2e_nlg] [--seeds 0,1,2]`.
 
-SmolLM2-135M-Instruct on 2,000 rows of E2E NLG, LoRA of rank 8 on all linear layers and full fine-tuning by the same
-loop over the same rows in the same order. Each picks its learning rate by the validation loss of seed 0, among RATES
-times the rule of the command line (full: times a tenth of it); the test file is read once, by what was picked. BLEU and
-ROUGE-L with 95 % intervals over rows, of the rows of all seeds together; the paired difference, whatever it is.
+SmolLM2-135M-Instruct on 2,000 rows of E2E NLG or of English to French, LoRA of rank 8 on all linear layers and full
+fine-tuning by the same loop over the same rows in the same order. Each picks its learning rate by the validation loss
+of seed 0, among RATES times the rule of the command line (full: times a tenth of it); the test file is read once, by
+what was picked. Scores with 95 % intervals over rows, of the rows of all seeds together; the paired difference,
+whatever it is.
 
 The model has 135M parameters, whose weights were stored in 4 bits once.
 """
@@ -15,27 +16,53 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import gpu_process, record
 from benchmarks.gpu_child import MARK
 
-DATA = record.ROOT / os.environ.get("VENEER_DATA", "../shared/data") / "e2e_nlg"
-ROWS, VALIDATION, EVERY, NEW_TOKENS = 2000, 200, 25, 96
-METRICS = ("bleu", "rouge_l")
-RATES = (0.3, 1.0, 3.0)
+DATA = record.ROOT / os.environ.get("VENEER_DATA", "../shared/data")
+ROWS, VALIDATION, EVERY, NEW_TOKENS, AT_ONCE = 2000, 200, 25, 96, 64
+RATES: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+FIRST = slice(1, 4)  # of them; the next one is tried while the best stands at the end
 SHARES = {"lora": 1.0, "full": 0.1}  # of the rule's rate, in the middle (Schulman et al. 2025: they differ by ten)
 BASE = "base"
 Made = dict[str, Any]
 
 
+class Task(NamedTuple):
+    """Files of a data set under DATA, the metrics of its answers, and what is said before every prompt."""
+
+    train: str
+    dev: str
+    test: str
+    metrics: tuple[str, ...]
+    system_prompt: str | None = None
+
+    def test_rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (DATA / self.test).read_text(encoding="utf-8").splitlines()]
+
+
+TASKS = {
+    "e2e_nlg": Task("e2e_nlg/train.jsonl", "e2e_nlg/dev.jsonl", "e2e_nlg/test.jsonl", ("bleu", "rouge_l")),
+    "en_fr": Task(
+        "translation/en_fr_train.jsonl",
+        "translation/en_fr_dev.jsonl",
+        "translation/en_fr_test.jsonl",
+        ("bleu", "chrf"),
+        "Translate into French.",
+    ),
+}
+
+
 def main() -> None:
     """Runs everything and writes benchmarks/results/lora_full.json; what --runs holds is not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=TASKS, default="e2e_nlg")
     parser.add_argument("--seeds", default="0,1,2", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--epochs", default=1.0, type=float)
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "lora_full_runs.json")
@@ -43,27 +70,44 @@ def main() -> None:
     parser.add_argument("--only", choices=SHARES, help="make the runs of one system, and write nothing else")
     asked = parser.parse_args()
     if not DATA.is_dir():
-        sys.exit(f"no data at {DATA}; set VENEER_DATA to the folder that holds e2e_nlg")
+        sys.exit(f"no data at {DATA}; set VENEER_DATA to the folder that holds {TASKS['e2e_nlg'].train}")
+    task = TASKS[asked.data]
     if asked.one:
         system, seed, factor = asked.one
-        print(MARK + json.dumps(one(system, int(seed), float(factor), asked.epochs)))
+        print(MARK + json.dumps(one(task, system, int(seed), float(factor), asked.epochs)))
         return
     held = json.loads(asked.runs.read_text()) if asked.runs.exists() else {}
-    made = partial(run, held, asked.runs, asked.epochs)
+    made = partial(run, held, asked.runs, asked.data, asked.epochs)
     systems = [asked.only] if asked.only else list(SHARES)
-    picked = {system: min(RATES, key=lambda f: made(system, asked.seeds[0], f)["best_loss"]) for system in systems}
+    losses = {system: tried(partial(made, system, asked.seeds[0])) for system in systems}
+    picked = {system: min(losses[system], key=losses[system].__getitem__) for system in systems}
     runs = {system: [made(system, seed, picked[system]) for seed in asked.seeds] for system in systems}
     if not asked.only:
-        result = {"epochs": asked.epochs, "rows": ROWS, "rank": 8, **compared(runs, made(BASE, 0, 0.0))}
-        result["picked_among"] = {s: {str(f): made(s, asked.seeds[0], f)["best_loss"] for f in RATES} for s in systems}
-        record.save("lora_full", result)
+        result = {"epochs": asked.epochs, "rows": ROWS, "rank": 8, **compared(task, runs, made(BASE, 0, 0.0))}
+        result["picked_among"] = {s: {f"{f:g}": loss for f, loss in losses[s].items()} for s in systems}
+        path = record.RESULTS / "lora_full.json"
+        others = json.loads(path.read_text(encoding="utf-8"))["data"] if path.exists() else {}
+        record.save("lora_full", {"base_model": "smollm2", "data": others | {asked.data: result}})
 
 
-def run(held: dict[str, Made], path: Path, epochs: float, system: str, seed: int, factor: float) -> Made:
+def tried(made: Callable[[float], Made]) -> dict[float, float]:
+    """Losses by factor of the rate: of RATES as many as it takes for the best to stand between two others."""
+    found = {factor: made(factor)["best_loss"] for factor in RATES[FIRST]}
+    while True:
+        best = min(found, key=found.__getitem__)
+        at = RATES.index(best)
+        beside = [factor for factor in RATES[max(0, at - 1) : at + 2] if factor not in found]
+        if not beside:
+            return found
+        found |= {factor: made(factor)["best_loss"] for factor in beside}
+
+
+def run(held: dict[str, Made], path: Path, data: str, epochs: float, system: str, seed: int, factor: float) -> Made:
     """One run in a process of its own, so that its peak of memory is its own."""
-    name = f"{system} {seed} {factor:g} {epochs:g}"
+    name = f"{data} {system} {seed} {factor:g} {epochs:g}"
     if name not in held:
-        words = ["-m", "benchmarks.lora_full", "--epochs", str(epochs), "--one", system, str(seed), str(factor)]
+        words = ["-m", "benchmarks.lora_full", "--data", data, "--epochs", str(epochs)]
+        words += ["--one", system, str(seed), str(factor)]
         made = gpu_process.read(words, None, 3600.0)
         if "failed" in made:
             sys.exit(f"{name}: {made['failed']}\n" + "\n".join(made.get("traceback", [])))
@@ -74,7 +118,7 @@ def run(held: dict[str, Made], path: Path, epochs: float, system: str, seed: int
     return held[name]
 
 
-def one(system: str, seed: int, factor: float, epochs: float) -> Made:
+def one(task: Task, system: str, seed: int, factor: float, epochs: float) -> Made:
     """Trains and writes the answers to the test file; of the base only those."""
     import torch
 
@@ -82,11 +126,11 @@ def one(system: str, seed: int, factor: float, epochs: float) -> Made:
 
     loaded = load("smollm2", "float32" if system == "full" else "auto", progress=False)
     if system == BASE:
-        return {"texts": answers(loaded, None)}
+        return {"texts": answers(task, loaded, None)}
     with tempfile.TemporaryDirectory() as folder:
-        job, peak = trained(loaded, system, seed, factor, epochs, Path(folder))
+        job, peak = trained(task, loaded, system, seed, factor, epochs, Path(folder))
     half = torch.bfloat16 if torch.cuda.is_available() or loaded.model.dtype == torch.bfloat16 else torch.float32
-    texts = answers(loaded, job.slot) if system == "lora" else answers(dense(loaded, half), None)
+    texts = answers(task, loaded, job.slot) if system == "lora" else answers(task, dense(loaded, half), None)
     steps = [line for line in job.history if line["split"] == "train"]
     seconds = dict(zip((line["step"] for line in steps), accumulate(line["seconds"] for line in steps), strict=True))
     return {
@@ -105,7 +149,9 @@ def one(system: str, seed: int, factor: float, epochs: float) -> Made:
     }
 
 
-def trained(loaded: Any, system: str, seed: int, factor: float, epochs: float, folder: Path) -> tuple[Any, int]:
+def trained(
+    task: Task, loaded: Any, system: str, seed: int, factor: float, epochs: float, folder: Path
+) -> tuple[Any, int]:
     """The job at its end, its best values in place, and the peak of memory in bytes."""
     from benchmarks import full_loop
     from veneer.adapter.attach import attach, methods_of
@@ -119,8 +165,9 @@ def trained(loaded: Any, system: str, seed: int, factor: float, epochs: float, f
     config = RunConfig.from_flat(
         {
             "base_model": "smollm2",
-            "dataset": str(head(DATA / "train.jsonl", ROWS, folder)),
-            "eval_dataset": str(head(DATA / "dev.jsonl", VALIDATION, folder)),
+            "dataset": str(head(DATA / task.train, ROWS, folder)),
+            "eval_dataset": str(head(DATA / task.dev, VALIDATION, folder)),
+            "system_prompt": task.system_prompt,
             "output_dir": f"{folder}/out",
             "num_train_epochs": epochs,
             "eval_steps": EVERY,
@@ -155,27 +202,23 @@ def dense(loaded: Any, dtype: Any) -> Any:
     return loaded
 
 
-def answers(loaded: Any, slot: str | None) -> list[str]:
+def answers(task: Task, loaded: Any, slot: str | None) -> list[str]:
     """Greedy answers to the test file."""
     from veneer.data.chat import Template, conversation
     from veneer.model.generate import generate
 
-    template = Template(loaded.tokenizer)
-    prompts = [template.prompt_ids(conversation(row, "test")) for row in test_rows()]
-    return generate(loaded.model, loaded.tokenizer, prompts, slot, NEW_TOKENS, batch_size=32)
+    template = Template(loaded.tokenizer, task.system_prompt)
+    prompts = [template.prompt_ids(conversation(row, "test")) for row in task.test_rows()]
+    return generate(loaded.model, loaded.tokenizer, prompts, slot, NEW_TOKENS, batch_size=AT_ONCE)
 
 
-def test_rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (DATA / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def compared(runs: dict[str, list[Made]], base: Made) -> dict[str, Any]:
+def compared(task: Task, runs: dict[str, list[Made]], base: Made) -> dict[str, Any]:
     """Scores of each system, LoRA less full, and what reaching full's best loss took of LoRA."""
     figures = {system: [summary(made) for made in each] for system, each in runs.items()}
     texts = {system: [made["texts"] for made in each] for system, each in runs.items()} | {BASE: [base["texts"]]}
     pairs = zip(runs["lora"], runs["full"], strict=True)
     reached = [reaching(lora["curve"], full["best_loss"]) for lora, full in pairs]
-    return {"runs": figures, "scores": {name: scored(name, texts) for name in METRICS}, "lora_reaches_full": reached}
+    return {"runs": figures, "scores": {m: scored(m, task, texts) for m in task.metrics}, "lora_reaches_full": reached}
 
 
 def summary(made: Made) -> Made:
@@ -183,11 +226,12 @@ def summary(made: Made) -> Made:
     return {key: value for key, value in made.items() if key not in ("texts", "traceback")}
 
 
-def scored(name: str, texts: dict[str, list[list[str]]]) -> dict[str, Any]:
+def scored(name: str, task: Task, texts: dict[str, list[list[str]]]) -> dict[str, Any]:
     """One metric: each system's score over all seeds and of each, and the paired difference of the two that train."""
     from veneer.evaluate.metrics import metric
 
-    measure, references = metric(name), [row["references"] for row in test_rows()]
+    measure = metric(name)
+    references = [row.get("references") or [row["completion"]] for row in task.test_rows()]
 
     def statistics(answers: list[str]) -> Sequence[Sequence[float]]:
         return measure.statistics(answers, references, measure(answers, references))

@@ -1,12 +1,14 @@
-"""Merging adapters without dense matrices, against PEFT: `python -m benchmarks.merge [--sizes 2048,4096] [--rounds 5]`.
+"""Merging without dense matrices, against PEFT, and every method over a large model: `python -m benchmarks.merge`.
 
 Eight adapters of rank 16 into one of rank 16, one linear layer, mixed weights, one thread; in turns: ours (`svd`), ours
 by Householder QR in float64 (`exact`), PEFT's `add_weighted_adapter(combination_type="svd")` on a model of that layer,
 and the same dense sum with torch.svd_lowrank in the place of the SVD, which is what a careful user might write. The
-error of each is its distance to the best rank 16 of the float64 sum, as a share of it.
+error of each is its distance to the best rank 16 of the float64 sum, as a share of it. PEFT takes about 20 s a layer of
+4096 x 4096: `--sizes 2048` leaves that out.
 
-PEFT takes about 20 s a layer of 4096 x 4096, so that size is asked for. `--model` times ours alone on all 224 layers of
-an 8B shape (hidden 4096, MLP 14336, 32 layers), on all cores.
+Then all methods that need no data, on all 224 layers of an 8B shape, on all cores (`merge_table`); `--methods svd,ties`
+takes some of them, `--methods none` leaves this out. Six minutes on two idle cores; what is found is written as it is
+found. Beside other work the figures are not worth keeping, so the load before the run is written with them.
 """
 
 from __future__ import annotations
@@ -21,29 +23,47 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks import record
+from benchmarks import merge_table, record
+from benchmarks.merge_adapters import RANK, WEIGHTS, adapters
 
-ADAPTERS, RANK = 8, 16
-WEIGHTS = (1.0, -1.0, 0.5, 0.3, 0.7, 1.0, -0.2, 2.0)
-SHAPES_8B = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
-LAYERS_8B = 32
+ADAPTERS = len(WEIGHTS)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs all systems in turns and writes benchmarks/results/merge.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="2048")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", action="store_true")
+    parser.add_argument("--sizes", default="2048,4096")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", default="all")
     asked = parser.parse_args(words)
     import torch
 
+    from veneer.merge.table import MERGES
+
     torch.set_num_threads(1)
-    found = {size: layer(size, asked.rounds) for size in map(int, asked.sizes.split(","))}
-    result: dict[str, Any] = {"adapters": ADAPTERS, "rank": RANK, "threads": 1, "layers": found}
-    if asked.model:
-        result["model_8b"] = whole_model()
-    record.save("merge", result)
+    result: dict[str, Any] = {"adapters": ADAPTERS, "rank": RANK, "load_before": os.getloadavg()[0]}
+    result |= {"layers": {}, "model_8b": {}}
+    for size in map(int, asked.sizes.split(",")):
+        result["layers"][size] = layer(size, asked.rounds)
+        record.save("merge", result)
+    methods = {"all": list(MERGES), "none": []}.get(asked.methods, asked.methods.split(","))
+    for method, found in merge_table.rows(methods) if methods else ():
+        result["model_8b"][method] = found
+        record.save("merge", result)
+    print(told(result))
+
+
+def told(result: dict[str, Any]) -> str:
+    """The result as text: a line for each system and size, and the table of methods."""
+    lines = [f"{'layer':<12} {'system':<14} {'ms':>9} {'PEFT takes':>11} {'error':>9}"]
+    for size, found in result["layers"].items():
+        for name, seconds in found["seconds"].items():
+            milliseconds, times = 1000 * seconds["median"], found["peft_over"][name]["median"]
+            lines.append(
+                f"{size}²".ljust(13) + f"{name:<14} {milliseconds:>9.1f} {times:>10.0f}x {found['error'][name]:>9.1e}"
+            )
+    lines += ["", merge_table.COLUMNS] if result["model_8b"] else []
+    return "\n".join(lines + [merge_table.line(method, found) for method, found in result["model_8b"].items()])
 
 
 def layer(size: int, rounds: int) -> dict[str, Any]:
@@ -69,18 +89,6 @@ def layer(size: int, rounds: int) -> dict[str, Any]:
         "error": errors(updates, products),
         "peft_over": {name: record.ratios(seconds["peft_svd"], seconds[name]) for name in systems},
     }
-
-
-def adapters(outputs: int, inputs: int, seed: int) -> list[tuple[Any, Any]]:
-    """Factors a (R, I), b (O, R) whose directions fall off like those of trained ones."""
-    import torch
-
-    draw = torch.Generator().manual_seed(seed)
-    fall_R = 0.8 ** torch.arange(RANK)
-    return [
-        (torch.randn(RANK, inputs, generator=draw) * 0.02, torch.randn(outputs, RANK, generator=draw) * 0.02 * fall_R)
-        for _ in range(ADAPTERS)
-    ]
 
 
 def ours(updates: list[tuple[Any, Any]], exact: bool = False) -> Any:
@@ -141,20 +149,6 @@ def errors(updates: list[tuple[Any, Any]], products: dict[str, Any]) -> dict[str
         difference = b.double() @ a.double() - best_b @ best_a
         found[name] = float(torch.linalg.matrix_norm(difference)) / lowrank.norm(best_a, best_b)
     return found
-
-
-def whole_model() -> dict[str, Any]:
-    """Seconds for all layers of an 8B shape: a pool of threads as in `combine`, one layer's factors made for all."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import torch
-
-    stacks = [adapters(outputs, inputs, seed) for seed, (outputs, inputs) in enumerate(SHAPES_8B)] * LAYERS_8B
-    cores = len(os.sched_getaffinity(0))
-    begun = time.perf_counter()
-    with ThreadPoolExecutor(cores, initializer=lambda: torch.set_num_threads(1)) as pool:
-        list(pool.map(ours, stacks))
-    return {"matrices": len(stacks), "cores": cores, "seconds": time.perf_counter() - begun}
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +44,7 @@ METHODS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
     "orthogonal": ("orthogonal", (1.0, 1.0), {}),
     "compress": ("compress", (1.0, 1.0), {"rank": multitask.RANK}),
 }
-JOINT = "joint"
+JOINT, JOINED = "joint", "--"
 Pair = tuple[str, str]
 
 
@@ -58,12 +64,15 @@ def main() -> None:
         sys.exit(f"no data at {multitask.DATA}; set VENEER_DATA to the folder that holds multitask")
     held = json.loads(asked.output.read_text()) if asked.output.exists() else {}
     experiment = Experiment(asked.tasks or multitask.names(), asked.adapters, held, time.monotonic() + asked.seconds)
+    save = partial(record.save, asked.output.stem, experiment.result, asked.output.resolve().parent)
     try:
         for group in experiment.all():
-            record.save(asked.output.stem, experiment.result, asked.output.resolve().parent)
+            save()
             print(group, file=sys.stderr, flush=True)
     except OutOfTime:
         print("out of time; the next call goes on", file=sys.stderr)
+    finally:  # a group is long: what was measured of it stays
+        save()
 
 
 class Experiment:
@@ -75,9 +84,12 @@ class Experiment:
         self.tasks, self.folder, self.until = tasks, folder, until
         self.loaded = load("smollm2", progress=False)
         self.tests = {task: multitask.Test(self.loaded, task) for task in tasks}
+        self.held = {task: multitask.Test(self.loaded, task, "held") for task in tasks}
         self.pairs: list[Pair] = list(combinations(tasks, 2))
         self.drawn = sorted(random.Random(SEED).sample(self.pairs, min(PAIRS, len(self.pairs))))
-        self.result: dict[str, Any] = {name: held.get(name, {}) for name in ("base", "alone", "pairs")}
+        self.result: dict[str, Any] = {
+            name: held.get(name, {}) for name in ("base", "alone", "half", "features", "pairs")
+        }
         self.adapters: dict[str, Any] = {}
 
     def all(self) -> Iterator[str]:
@@ -89,26 +101,38 @@ class Experiment:
         self.adapters = self.made({task: (task,) for task in self.tasks})
         self.each(self.tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
         yield "alone"
-        yield from self.merged(LINEAR, self.pairs)
+        self.each(self.tasks, self.result["half"], lambda task: self.score(halved(self.adapters[task]), [task]))
+        yield "half"
+        self.result["features"] = self.measured()
+        yield "features"
+        yield from self.merged(LINEAR, self.drawn)
         yield from self.merged(METHODS, self.drawn)
         joint = self.made({key(pair): pair for pair in self.drawn})
         for pair in self.drawn:
             self.entry(pair).setdefault(JOINT, self.score(joint[key(pair)], pair))
         yield JOINT
+        yield from self.merged(LINEAR, self.pairs)
+
+    def measured(self) -> dict[str, Any]:
+        """What `veneer inspect` measures of every pair, without data."""
+        from veneer.measure.figures import measure
+
+        found = measure([self.adapters[task] for task in self.tasks], multitask.RANK)
+        return {key(pair): asdict(one) for pair, one in zip(self.pairs, found.pairs, strict=True)}
 
     def merged(self, methods: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
-        """Every pair by every method."""
-        from veneer.merge.apply import combine
-        from veneer.merge.recipe import Recipe
-
-        for name, (method, weights, options) in methods.items():
-            recipe = Recipe(method, weights, options)
-            for pair in pairs:
-                if name not in self.entry(pair):
+        """Every pair by every method; merged by a process for every two cores, scored here."""
+        workers = max(1, (os.cpu_count() or 1) // 2)
+        with ProcessPoolExecutor(workers, get_context("spawn"), begin, (self.folder,)) as pool:
+            for name in methods:
+                left = [(name, pair) for pair in pairs if name not in self.entry(pair)]
+                for start in range(0, len(left), 2 * workers):
                     self.check_time()
-                    merged, report = combine([self.adapters[task] for task in pair], recipe, progress=False)
-                    self.entry(pair)[name] = self.score(merged, pair) | {"kept": report.kept}
-            yield name
+                    part = left[start : start + 2 * workers]
+                    for (_, pair), made in zip(part, pool.map(merge, part), strict=True):
+                        adapter, kept = pickle.loads(made)
+                        self.entry(pair)[name] = self.score(adapter, pair) | {"kept": kept}
+                yield name
 
     def entry(self, pair: Pair) -> dict[str, Any]:
         return self.result["pairs"].setdefault(key(pair), {})
@@ -124,13 +148,14 @@ class Experiment:
             raise OutOfTime
 
     def score(self, adapter: Any, tasks: Any) -> dict[str, Any]:
-        """Score and loss of these tasks with the adapter on."""
+        """Score and loss of these tasks with the adapter on: of the test rows, and of those held out of training."""
         from veneer.adapter.attach import attach, detach
 
         attach(self.loaded.model, adapter, "scored")
         found = {task: self.tests[task].scores(self.loaded, "scored") for task in tasks}
+        held = {task: self.held[task].scores(self.loaded, "scored") for task in tasks}
         detach(self.loaded.model, "scored")
-        return found
+        return {task: found[task] | {"held": held[task]} for task in tasks}
 
     def made(self, wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
         """Adapters trained on these tasks' rows, from the folder where they lie there."""
@@ -145,8 +170,40 @@ class Experiment:
         return {name: Adapter.load(self.folder / name) for name in wanted}
 
 
+HELD: dict[str, Any] = {}  # of a process that merges: the adapters of all tasks
+
+
+def begin(folder: Path) -> None:
+    """What a process that merges starts with."""
+    import torch
+
+    from veneer.adapter.card import Adapter
+
+    torch.set_num_threads(1)
+    HELD.update({path.name: Adapter.load(path) for path in folder.iterdir() if JOINED not in path.name})
+
+
+def merge(what: tuple[str, Pair]) -> bytes:
+    """A pair by a method, and the kept share of its update; as bytes, since a tensor would travel as an open file."""
+    from veneer.merge.apply import combine
+    from veneer.merge.recipe import Recipe
+
+    name, pair = what
+    method, weights, options = (LINEAR | METHODS)[name]
+    merged, report = combine([HELD[task] for task in pair], Recipe(method, weights, options), progress=False)
+    return pickle.dumps((merged, report.kept))
+
+
+def halved(adapter: Any) -> Any:
+    """Half of an adapter's update: what merging with weights of 1/2 would leave of it beside one that does nothing."""
+    from veneer.merge.apply import combine
+    from veneer.merge.recipe import Recipe
+
+    return combine([adapter], Recipe("linear", (0.5,), {}), progress=False)[0]
+
+
 def key(pair: Pair) -> str:
-    return "--".join(pair)
+    return JOINED.join(pair)
 
 
 def mixed(tasks: tuple[str, ...]) -> list[dict[str, Any]]:

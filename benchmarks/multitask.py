@@ -73,11 +73,11 @@ def encoded(loaded: Any, mine: Sequence[Row]) -> tuple[Any, ...]:
 
 
 class Test:
-    """The test rows of a task, encoded once, with every right answer of each."""
+    """Rows of a task, encoded once, with every right answer of each: of its test file, or `held` out of training."""
 
-    def __init__(self, loaded: Any, task: str, data: Path = DATA) -> None:
+    def __init__(self, loaded: Any, task: str, part: str = "test", data: Path = DATA) -> None:
         self.task = task
-        found = rows(task, "test", data)
+        found = rows(task, "test", data) if part == "test" else rows(task, "train", data)[:HELD_OUT]
         self.owners = [i for i, row in enumerate(found) for _ in row.get("references") or [None]]
         answers = [
             {**row, "completion": reference or row["completion"]}
