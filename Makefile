@@ -31,7 +31,7 @@ bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.cpu_train
 	$(BIN)/python -m benchmarks.storages
 	$(BIN)/python -m benchmarks.dry_run
-	$(BIN)/python -m benchmarks.merge --model
+	$(BIN)/python -m benchmarks.merge
 
 # Needs a CUDA GPU, and the peers (Liger, bitsandbytes, Unsloth) in this environment or in a folder, VENEER_BENCH_PEERS.
 bench-gpu: $(VENV)/test
