@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from veneer.config.files import read_yaml
 from veneer.config.merging import OPTIONS, SETTINGS, CutSettings, MethodOptions, data_methods, methods_with, spelt
 from veneer.config.options import options_of
 from veneer.config.run import ColumnSettings
-from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Weights, split_list
+from veneer.config.values import FilesInOrder, Folder, Folders, Metavar, ModelName, Names, Weights, split_list
 from veneer.config.verbs import BaseSettings, Positive
 from veneer.errors import nearest
 
@@ -29,7 +29,6 @@ def _known(method: str) -> str:
 
 _OF_BASE = ("format", "force")
 Method = Annotated[str, AfterValidator(_known), Metavar("METHOD")]
-FilesInOrder = Annotated[list[File], BeforeValidator(split_list), Metavar("FILE ...")]
 _OF_DATA = ("metrics", "limit", "columns")
 
 

@@ -298,6 +298,8 @@ class RunConfig(StorageSettings):
             others.append(f"`init_lora_weights` {self.lora.init_lora_weights}, which is kept in A (give kaiming)")
         if self.train.optimizer_in_bwd:
             others.append("`optimizer_in_bwd`, which updates before the term is added (leave it out)")
+        if self.orthogonal.orthogonal_data and self.train.fsdp:
+            others.append("`fsdp` where `orthogonal_data` is read before the base is shared out (leave either out)")
         if os.path.realpath(self.output_dir) in map(os.path.realpath, self.orthogonal.orthogonal_to):
             others.append("itself as `output_dir` (give another)")
         if others:

@@ -133,6 +133,7 @@ def _counts(value: Any) -> Any:
 Text = Annotated[str, Metavar("TEXT")]
 File = Annotated[str, Field(min_length=1), Metavar("FILE")]
 Files = Annotated[File | list[File], BeforeValidator(_one_or_list), Metavar("FILE ...")]
+FilesInOrder = Annotated[list[File], BeforeValidator(split_list), Metavar("FILE ...")]
 Column = Literal["prompt", "completion", "messages", "text", "chosen", "rejected", "tools", "references"]
 COLUMNS = get_args(Column)
 Columns = Annotated[dict[Column, str], BeforeValidator(_columns), Metavar("NAME=COLUMN,...")]

@@ -12,10 +12,20 @@ from pydantic_core import PydanticCustomError
 from veneer.config.run import ColumnSettings, HubNameSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
-from veneer.config.values import File, Folder, Folders, Metavar, ModelName, Names, Seed, Text, split_dict, split_list
+from veneer.config.values import (
+    File,
+    FilesInOrder,
+    Folder,
+    Folders,
+    Metavar,
+    ModelName,
+    Names,
+    Seed,
+    Text,
+    split_dict,
+)
 
 Positive = Annotated[int, Field(ge=1)]
-DataFiles = Annotated[list[File], BeforeValidator(split_list), Metavar("FILE ...")]
 MOST_WITH_DATA = 8  # adapters: each file is read by each adapter alone, and by its own with each other, twice
 Target = Literal["peft", "vllm", "sglang", "llama.cpp"]
 
@@ -201,7 +211,7 @@ class InspectSettings(BaseSettings, ColumnSettings):
         description="tell what is kept at this rank, and take the target to be started for it; default: the largest "
         "of the adapters, and what the target allows unasked",
     )
-    dataset: DataFiles = Field(
+    dataset: FilesInOrder = Field(
         default=[],
         description="a data file for each adapter, in their order: what the others do to it, on `base_model`",
     )

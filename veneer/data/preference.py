@@ -66,6 +66,15 @@ def chosen_alone(row: Mapping[str, Any]) -> str:
     return f"--columns {'messages' if whole and row['chosen'][0].get('role') != 'assistant' else 'completion'}=chosen"
 
 
+def refuse_pairs(rows: Sequence[Mapping[str, Any]], name: str, why: str) -> None:
+    """Raises DataError where these are preference pairs; `why` goes on after `which`."""
+    if is_preference(rows):
+        raise DataError(
+            f"{name} holds preference pairs, `chosen` and `rejected`, which {why}. Next: name one side, "
+            f"{chosen_alone(rows[0])}."
+        )
+
+
 def encode_pairs(rows: Sequence[Mapping[str, Any]], template: Template, max_length: int, path: str) -> EncodedPairs:
     """All rows as pairs of examples; `path` names the file in messages. DataError lists all faults: rows that cannot
     be read, that the template cannot render, or whose answers are cut away by `max_length`."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from veneer.data.columns import with_columns
 from veneer.data.files import KINDS, Row, read_rows, without_nulls
-from veneer.errors import DataError
+from veneer.errors import DataError, listed
 
+S = TypeVar("S")
+T = TypeVar("T")
 HUB = "hub:"
 WANTED_HUB = "Wanted: hub:ORG/NAME, hub:ORG/NAME:SPLIT or hub:ORG/NAME:CONFIG:SPLIT."
 # name, configuration, split; a colon inside the brackets of a split (train[:100]) parts nothing
@@ -42,6 +44,22 @@ def read_source(name: str, columns: Mapping[Any, str] | None = None, limit: int 
     """All rows of a data set, or its first `limit`, under our column names. Raises DataError with what to do next."""
     rows = _rows(name)[:limit]
     return Source(name, with_columns(rows, columns, name) if columns else rows)
+
+
+def read_several(names: Iterable[S], read: Callable[[S], T], headline: str) -> list[T]:
+    """`read` of each. Raises DataError with what is wrong with any of them, under the headline where several are."""
+    found: list[T] = []
+    faults: list[DataError] = []
+    for name in names:
+        try:
+            found.append(read(name))
+        except DataError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise DataError(listed(headline, [" ".join(str(fault).split()) for fault in faults]))
+    return found
 
 
 def _rows(name: str) -> list[Row]:

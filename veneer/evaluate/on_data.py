@@ -14,8 +14,8 @@ from veneer.adapter.card import Adapter
 from veneer.data.chat import Template
 from veneer.data.encode import encode
 from veneer.data.files import Row
-from veneer.data.sources import read_source
-from veneer.errors import AdapterError, DataError, listed
+from veneer.data.sources import read_several, read_source
+from veneer.errors import AdapterError
 from veneer.evaluate.intervals import Score
 from veneer.evaluate.run import check_family, evaluate
 from veneer.measure.beside_base import attach_silently
@@ -67,19 +67,13 @@ class OnFile:
 
 def read_files(files: Sequence[str], columns: Mapping[Any, str] | None, limit: int | None) -> list[list[Row]]:
     """The rows of every file. Raises DataError with what is wrong with any of them, of all that cannot be read."""
-    found, faults = [], []
-    for file in files:
-        try:
-            rows = read_source(file, columns, limit).rows
-            check_family(rows, METRICS, file)
-            found.append(rows)
-        except DataError as error:
-            faults.append(error)
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        raise DataError(listed("Of the data files, one for each adapter:", [" ".join(str(e).split()) for e in faults]))
-    return found
+
+    def read(file: str) -> list[Row]:
+        rows = read_source(file, columns, limit).rows
+        check_family(rows, METRICS, file)
+        return rows
+
+    return read_several(files, read, "Of the data files, one for each adapter:")
 
 
 def on_data(

@@ -12,7 +12,7 @@ from typing import Any
 from veneer.data.chat import Conversation, Template, conversation, reading_notes
 from veneer.data.encode import encode, family_of
 from veneer.data.files import shortened
-from veneer.data.preference import chosen_alone
+from veneer.data.preference import refuse_pairs
 from veneer.errors import ConfigError, DataError, listed
 from veneer.evaluate import forced
 from veneer.evaluate import metrics as measures
@@ -131,13 +131,9 @@ def _check(
 
 def check_family(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], where: str) -> None:
     """Raises DataError for metrics that such rows cannot have."""
-    family, unfit = family_of(rows), [name for name in metrics if name not in LIKELIHOOD]
-    if family == "preference":
-        raise DataError(
-            f"{where} holds preference pairs, `chosen` and `rejected`, which no metric reads. Next: name one side, "
-            f"{chosen_alone(rows[0])}."
-        )
-    if family == "text" and unfit:
+    refuse_pairs(rows, where, "no metric reads")
+    unfit = [name for name in metrics if name not in LIKELIHOOD]
+    if family_of(rows) == "text" and unfit:
         raise DataError(
             f"{where} is text without answers, so that {', '.join(unfit)} cannot be measured. Next: --metrics loss,"
             "perplexity."

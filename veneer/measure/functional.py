@@ -11,8 +11,7 @@ products tell all: the thin z = A x of every adapter, whose Gram matrix is summe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapter.card import Adapter
-from veneer.model.leaf import Leaf
-from veneer.model.losses import STREAM, streams_of
-from veneer.model.packed import hidden_states, running
-from veneer.model.stream import pack
+from veneer.model.heard import hear, linear_layers
+from veneer.model.losses import STREAM
 
 Factors = tuple[Tensor, Tensor]
 
@@ -62,7 +59,6 @@ def functional(
     return {other: _functional(products, own, other) for other in range(len(adapters)) if other != own}
 
 
-@torch.no_grad()
 def inner_products(
     model: nn.Module, adapters: Sequence[Adapter], slot: str, examples: Sequence[Any], max_tokens: int = STREAM
 ) -> dict[str, dict[tuple[int, int], float]]:
@@ -71,32 +67,14 @@ def inner_products(
     x: what the layer is fed while `slot` speaks.
     """
     device = next(model.parameters()).device
-    meters = {
-        leaf.path: _Meter(factors, device)
-        for leaf in model.modules()
-        if type(leaf) is Leaf and (factors := _factors(adapters, leaf.path))
-    }
-    with _hearing(model, meters):
-        for group in streams_of(examples, max_tokens):
-            stream = pack([one.input_ids for one in group], [slot] * len(group), device)
-            with running(model, stream):
-                hidden_states(model)
+    layers = ((path, _factors(adapters, path)) for path in linear_layers(model))
+    meters = {path: _Meter(factors, device) for path, factors in layers if factors}
+    hear(model, meters, slot, examples, max_tokens)
     return {path: meter.products() for path, meter in meters.items() if meter.heard}
 
 
 def _factors(adapters: Sequence[Adapter], path: str) -> dict[int, Factors]:
     return {i: one.factors(path) for i, one in enumerate(adapters) if f"{path}.a" in one.tensors}
-
-
-@contextmanager
-def _hearing(model: nn.Module, meters: Mapping[str, _Meter]) -> Iterator[None]:
-    leaves = [leaf for leaf in model.modules() if isinstance(leaf, Leaf) and leaf.path in meters]
-    hooks = [leaf.register_forward_pre_hook(meters[leaf.path]) for leaf in leaves]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Meter:
@@ -107,8 +85,8 @@ class _Meter:
         self.a_PI = torch.cat([a_RI for a_RI, _ in factors.values()]).to(device, torch.float32)
         self.gram_PP = torch.zeros(len(self.a_PI), len(self.a_PI), dtype=torch.float64, device=device)
 
-    def __call__(self, _leaf: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        z_TP = (inputs[0].reshape(-1, self.a_PI.shape[1]).float() @ self.a_PI.mT).double()
+    def __call__(self, x_TI: Tensor) -> None:
+        z_TP = (x_TI.float() @ self.a_PI.mT).double()
         self.gram_PP += z_TP.mT @ z_TP
         self.heard = True
 

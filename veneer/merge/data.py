@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.config import MergeSettings
-from veneer.data.encode import family_of
 from veneer.data.files import Row
-from veneer.data.preference import chosen_alone
-from veneer.data.sources import read_source
-from veneer.errors import DataError, listed
+from veneer.data.preference import refuse_pairs
+from veneer.data.sources import read_several, read_source
+from veneer.errors import DataError
 from veneer.merge.pinned import Named, named
 
 
@@ -39,15 +38,9 @@ def read_rows(settings: MergeSettings, fitting: bool) -> list[ParentRows]:
     fitting: the method reads data, so that every other row, from the first on, is its own and no row judges it that
     it has read. Without, all rows are held out.
     """
-    found, faults = [], []
-    for one in map(named, settings.dataset):
-        try:
-            found.append(_read(one, settings, fitting))
-        except DataError as error:
-            faults.append(str(error))
-    if faults:
-        raise DataError(faults[0] if len(faults) == 1 else listed("These data files cannot be used:", faults))
-    return found
+    return read_several(
+        map(named, settings.dataset), lambda one: _read(one, settings, fitting), "These data files cannot be used:"
+    )
 
 
 def _read(one: Named, settings: MergeSettings, fitting: bool) -> ParentRows:
@@ -58,10 +51,7 @@ def _read(one: Named, settings: MergeSettings, fitting: bool) -> ParentRows:
             f"{one.path} holds other data than the recipe was written for: sha256 {sha256}, wanted {one.identity}. "
             "Restore it; or, to merge with what is there now, leave @sha256:... out"
         )
-    if family_of(rows) == "preference":
-        raise DataError(
-            f"{one.path} holds preference pairs, which are not compared. Next: name one side, {chosen_alone(rows[0])}"
-        )
+    refuse_pairs(rows, one.path, "are not compared")
     if len(rows) < 1 + fitting:
         wanted = "two rows at least: one to read, one to judge by" if fitting else "one row at least"
         raise DataError(f"{one.path} has {len(rows)} rows; wanted {wanted}")

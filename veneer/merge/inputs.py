@@ -8,9 +8,8 @@ orthonormal basis of that, and what is kept of them is K x K. Rows are packed; e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,8 @@ from veneer.errors import NotMergeable, listed
 from veneer.lowrank.aware import reading_basis
 from veneer.merge.method import Inputs, Parent, Stacks
 from veneer.merge.on_base import OnBase
-from veneer.model.leaf import Leaf
-from veneer.model.losses import STREAM, streams_of
-from veneer.model.packed import hidden_states, running
+from veneer.model.heard import Listener, hear, linear_layers
 from veneer.model.progress import shown
-from veneer.model.stream import pack
 
 Grams = dict[str, Tensor]  # layer -> Gram matrix (K, K), float64
 
@@ -38,47 +34,33 @@ def with_inputs(stacks: Stacks, on_base: OnBase, progress: bool) -> dict[str, li
     }
 
 
-@torch.no_grad()
 def gather(on_base: OnBase, bases_IK: Mapping[str, Tensor], progress: bool) -> dict[str, Grams]:
-    """Slot -> for each layer the mean of q qᵀ over the tokens of the slot's rows, q = basisᵀ x."""
+    """Slot -> for each layer the mean of q qᵀ over the tokens of the slot's rows, q = basisᵀ x.
+
+    Raises NotMergeable with the layers that cannot be listened to.
+    """
     model = on_base.loaded.model
-    leaves = _leaves(model, list(bases_IK))
+    _check_linear(model, list(bases_IK))
     found = {}
     for slot in shown(sorted(on_base.examples), "reading data", progress):
         sums = {path: torch.zeros(basis.shape[1], basis.shape[1]).double() for path, basis in bases_IK.items()}
-        hooks = [leaves[path].register_forward_pre_hook(_adding(sums[path], bases_IK[path])) for path in bases_IK]
-        try:
-            tokens = _read(model, slot, on_base.examples[slot])
-        finally:
-            for hook in hooks:
-                hook.remove()
+        listeners = {path: _adding(sums[path], bases_IK[path]) for path in bases_IK}
+        tokens = hear(model, listeners, slot, on_base.examples[slot])
         found[slot] = {path: gram / tokens for path, gram in sums.items()}
     return found
 
 
-def _read(model: nn.Module, slot: str, examples: Sequence[Any]) -> int:
-    """Runs the rows through the model's body; how many tokens they have."""
-    device = next(model.parameters()).device
-    for group in streams_of(examples, STREAM):
-        stream = pack([example.input_ids for example in group], [slot] * len(group), device)
-        with running(model, stream):
-            hidden_states(model)
-    return sum(len(example.input_ids) for example in examples)
-
-
-def _adding(sum_KK: Tensor, basis_IK: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def add(leaf: nn.Module, fed: tuple[Tensor, ...]) -> None:
-        x_TI = fed[0].reshape(-1, len(basis_IK))
+def _adding(sum_KK: Tensor, basis_IK: Tensor) -> Listener:
+    def add(x_TI: Tensor) -> None:
         q_TK = (x_TI.float() @ basis_IK.to(x_TI.device, torch.float32)).cpu().double()
         sum_KK.add_(q_TK.mT @ q_TK)
 
     return add
 
 
-def _leaves(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    leaves = {module.path: module for module in model.modules() if type(module) is Leaf}
-    missing = [path for path in paths if path not in leaves]
+def _check_linear(model: nn.Module, paths: Sequence[str]) -> None:
+    known = linear_layers(model)
+    missing = [path for path in paths if path not in known]
     if missing:
         told = "What these layers read is not gathered; only that of linear layers below the vocabulary head is:"
         raise NotMergeable(listed(told, missing, "Next: a method that reads no data, without --activation-aware."))
-    return leaves

@@ -1,4 +1,4 @@
-"""The adapters that a new one is kept apart from: read, checked, and what they read of each layer.
+"""The adapters that a new one is kept apart from, and their data: read, checked, and what they read of each layer.
 
 Legend: E experts of a layer, R rank, I in, K directions.
 """
@@ -6,7 +6,7 @@ Legend: E experts of a layer, R rank, I in, K directions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +17,72 @@ from veneer.adapter.experts import numbered
 from veneer.adapter.faults import add_fault
 from veneer.adapter.verify import check_base
 from veneer.config.orthogonal import OrthogonalToSettings
-from veneer.errors import AdapterError, ConfigError, WrongBaseError, listed
+from veneer.data.chat import Template
+from veneer.data.encode import encode
+from veneer.data.preference import refuse_pairs
+from veneer.data.sources import read_several, read_source
+from veneer.errors import AdapterError, ConfigError, DataError, WrongBaseError, listed
 from veneer.lowrank import directions
 from veneer.methods.base import Method
 from veneer.methods.experts import ExpertLoRA
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
-from veneer.train.orthogonal import Orthogonality, basis_of
+from veneer.train.orthogonal import Orthogonality
+from veneer.train.osrm import answered, strongest
+
+ROWS = 256  # of an earlier adapter's data that make the start, and as many that judge it
+
+
+class Data(NamedTuple):
+    """The file of an earlier adapter's data; examples of it that make a start, and others that judge it."""
+
+    file: str
+    sha256: str
+    fitted: Sequence[Any]
+    held_out: Sequence[Any]
 
 
 class Earlier(NamedTuple):
-    """An adapter, and the folder that it was named by."""
+    """An adapter, the folder that it was named by, and its data where that was named."""
 
     folder: str
     adapter: Adapter
+    data: Data | None = None
+
+    def facts(self) -> dict[str, str]:
+        named = {"folder": self.folder, "identity": self.adapter.identity}
+        return {**named, "data": self.data.file, "data_sha256": self.data.sha256} if self.data else named
 
 
-def read_earlier(settings: OrthogonalToSettings) -> list[Earlier]:
-    """The adapters that the settings name. Raises AdapterError with the faults of all."""
+def read_earlier(settings: OrthogonalToSettings, tokenizer: Any, max_length: int) -> list[Earlier]:
+    """The adapters that the settings name, and their data. Raises AdapterError with the faults of all adapters,
+    DataError with those of all files."""
+    found = _read_adapters(settings.orthogonal_to)
+    if not settings.orthogonal_data:
+        return found
+
+    def read(one: tuple[Earlier, str]) -> Earlier:
+        earlier, file = one
+        template = Template(tokenizer, earlier.adapter.card.system_prompt)
+        return earlier._replace(data=_read_data(file, template, max_length))
+
+    return read_several(zip(found, settings.orthogonal_data, strict=True), read, "--orthogonal-data:")
+
+
+def _read_data(file: str, template: Template, max_length: int) -> Data:
+    """The first rows of a file; every other one makes the start. All of a row counts, questions and answers."""
+    source = read_source(file, limit=2 * ROWS)
+    refuse_pairs(source.rows, file, "do not tell what an adapter of one answer reads")
+    examples = encode(source.rows, template, max_length, file).examples
+    if len(examples) < 2:
+        raise DataError(f"{file} has one row; wanted two at least: one to start by, one to judge the start by")
+    return Data(file, source.sha256(), examples[::2], examples[1::2])
+
+
+def _read_adapters(folders: Sequence[str]) -> list[Earlier]:
     faults: list[str] = []
     found: list[Earlier] = []
-    for folder in settings.orthogonal_to:
+    for folder in folders:
         try:
             one = Earlier(folder, Adapter.load(folder))
         except AdapterError as error:
@@ -70,15 +115,21 @@ def orthogonality(
     _check_bases(earlier, model)
     trained = {path: method for path, method in methods.items() if isinstance(method, LoRA)}
     read = _read_by_all(earlier, trained)
-    _check_room(read, trained)
     about = {
-        "adapters": [{"folder": one.folder, "identity": one.adapter.identity} for one in earlier],
+        "adapters": [one.facts() for one in earlier],
         "layers": len(read),
         "layers_trained": len(trained),
         "lambda": settings.orthogonal_lambda,
         "start": settings.orthogonal_start,
     }
-    return Orthogonality(trained, read, settings.orthogonal_lambda, settings.orthogonal_start, about)
+    apart = Orthogonality(trained, read, settings.orthogonal_lambda, about)
+    room = _room(apart)
+    data = [one.data for one in earlier if one.data]
+    if settings.orthogonal_start:
+        apart.start_outside(strongest(model, [one.fitted for one in data], room) if data else None)
+    if data:
+        apart.about["answered"] = answered(model, [one.held_out for one in data], apart.methods)
+    return apart
 
 
 def _read_by_all(earlier: Sequence[Earlier], trained: Mapping[str, LoRA]) -> dict[str, Tensor]:
@@ -118,15 +169,17 @@ def _read(adapter: Adapter, trained: Mapping[str, LoRA]) -> dict[str, Tensor]:
     return found
 
 
-def _check_room(read: Mapping[str, Tensor], trained: Mapping[str, LoRA]) -> None:
-    """Raises ConfigError where a layer's inputs have fewer directions than all adapters together."""
+def _room(apart: Orthogonality) -> dict[str, int]:
+    """Path -> the directions that are left beside those that are read and r. Raises ConfigError where too few are."""
     faults: list[str] = []
-    full = {}
-    for path, read_KI in read.items():
-        taken = int((basis_of(read_KI).square().sum(-1) > 0).sum(-1).max())
-        if taken + trained[path].rank > read_KI.shape[-1]:
-            full[path] = f"{path} ({read_KI.shape[-1]} inputs, {taken} of them read, r {trained[path].rank})"
+    full, room = {}, {}
+    for path, method in apart.methods.items():
+        inputs, taken = method.a_RI.shape[-1], apart.taken(path)
+        room[path] = inputs - taken - method.rank
+        if room[path] < 0:
+            full[path] = f"{path} ({inputs} inputs, {taken} of them read, r {method.rank})"
     add_fault(faults, "the earlier adapters leave fewer directions than r", list(full.values()))
     if faults:
         next_step = "Next: a lower --r, fewer adapters, or those at a lower rank (veneer convert IN OUT --rank N)."
         raise ConfigError(listed("--orthogonal-to:", faults, next_step))
+    return room

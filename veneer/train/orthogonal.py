@@ -40,8 +40,7 @@ class Orthogonality:
     """Of an adapter that trains, to those it is to be merged with.
 
     methods: what trains, by path. read: path -> what earlier adapters read there (K, I), or (E, K, I) of experts: the
-    orthonormal rows of each adapter, one after the other. about: what a report tells of them. start: whether A is to
-    begin outside of it; it is changed here.
+    orthonormal rows of each adapter, one after the other. about: what a report tells of them.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Orthogonality:
         methods: Mapping[str, LoRA],
         read: Mapping[str, Tensor],
         weight: float,
-        start: bool = False,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.weight, self.about = weight, dict(about or {})
@@ -57,10 +55,20 @@ class Orthogonality:
         self.bases = {path: basis_of(read_KI) for path, read_KI in read.items()}
         self.read = read
         self.stacks: list[tuple[list[nn.Parameter], Tensor]] = []
-        if start:
-            for path, method in self.methods.items():
-                method.a_RI.data.copy_(outside(method.a_RI.data.cpu(), self.bases[path]))
         self.share_at_start = self.share()
+
+    def start_outside(self, others: Mapping[str, Tensor] | None = None) -> None:
+        """Changes A, before the first step, to lie outside of what is read, and of `others`, by path (K, I)."""
+        for path, method in self.methods.items():
+            basis_KI = self.bases[path]
+            if others and path in others:
+                basis_KI = basis_of(torch.cat([basis_KI, others[path]]))
+            method.a_RI.data.copy_(outside(method.a_RI.data.cpu(), basis_KI))
+        self.share_at_start = self.share()
+
+    def taken(self, path: str) -> int:
+        """How many directions of this layer's inputs are read; of experts, by the one that reads most."""
+        return int((self.bases[path].square().sum(-1) > 0).sum(-1).max())
 
     def _stacked(self) -> list[tuple[list[nn.Parameter], Tensor]]:
         """The factors of layers of one shape, and what is read there (N, K, I): made once they are where they train."""

@@ -56,7 +56,7 @@ def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progr
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     known = extended(tokenizer, config.lora.add_tokens).tokenizer if config.lora.add_tokens else tokenizer
     data = read_data(config, known)  # before the weights: a fault in the data shows at once
-    earlier = read_earlier(config.orthogonal)
+    earlier = read_earlier(config.orthogonal, known, config.data.max_length)
     dtype, device = _place(config)
     loaded = loaded or load(
         config.base_model, dtype, device, tokenizer=tokenizer, storage=config.storage, progress=progress
@@ -145,11 +145,15 @@ def _apart(apart: Orthogonality | None) -> list[str]:
     told, overlap = apart.facts(), apart.facts()["overlap"]
     count = len(told["adapters"])
     weight = f"lambda {apart.weight:g}" if apart.weight else "no term in the loss"
-    return [
+    notes = [
         f"orthogonal to {count} adapter{'s' * (count > 1)} in {told['layers']} of {told['layers_trained']} layers, "
         f"{weight}: {overlap['at_start']:.2%} of A lies in what they read, "
         f"{overlap['of_random_factors']:.2%} would by chance"
     ]
+    if told.get("answered") is not None:
+        seen = f"on rows of their data that the start did not see, A answers {told['answered']:.2%} of what "
+        notes.append(f"{seen}random factors would")
+    return notes
 
 
 def current(device: torch.device) -> AbstractContextManager:

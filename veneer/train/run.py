@@ -143,6 +143,7 @@ def _identity(config: RunConfig, loaded: Loaded, rate: Rate, data: TrainingData,
     facts = {"rate": rate.value, **hashes, "storage": loaded.storage}
     earlier = job.orthogonality.about["adapters"] if job.orthogonality else []
     facts["orthogonal_to"] = [one["identity"] for one in earlier]  # wherever they lie now
+    facts["orthogonal_data"] = [one["data_sha256"] for one in earlier if "data_sha256" in one]
     rows = math.prod(getattr(config.train, name) for name in PASSES)
     return {
         **options,

@@ -1,0 +1,162 @@
+"""A start that does not answer other tasks' inputs: the directions that it avoids, what it leaves of them, a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.adapter.attach import attach, methods_of
+from veneer.adapter.card import Adapter
+from veneer.config import LoraSettings, RunConfig
+from veneer.errors import CheckpointError, ConfigError, DataError
+from veneer.model.heard import hear, linear_layers
+from veneer.train import osrm, run
+from veneer.train.orthogonal import basis_of, outside
+from veneer.train.osrm import answered, strongest
+
+Config = Callable[..., RunConfig]
+
+
+def _moments(model: Any, tasks: list) -> dict[str, torch.Tensor]:
+    """Path -> the sum over tasks of E[x xᵀ], formed."""
+    found: dict[str, torch.Tensor] = {}
+    for task in tasks:
+        heard: dict[str, list] = {path: [] for path in linear_layers(model)}
+        hear(model, {path: rows.append for path, rows in heard.items()}, None, task)
+        for path, rows in heard.items():
+            x_TI = torch.cat(rows).double()
+            found[path] = found.get(path, 0) + x_TI.mT @ x_TI / len(x_TI)
+    return found
+
+
+@pytest.fixture
+def tasks(examples: Any) -> list:
+    """Two tasks of different sizes, in few tokens each."""
+    return [examples(24, 1), examples(8, 2)]
+
+
+def test_the_directions_are_the_eigenvectors_of_all_inputs(pico: Any, tasks: list) -> None:
+    attach(pico, LoraSettings(r=4))
+    wanted = _moments(pico, tasks)
+    found = strongest(pico, tasks, dict.fromkeys(wanted, 6))
+    assert found.keys() == wanted.keys()
+    for path, moment_II in wanted.items():
+        assert found[path].shape == (6, len(moment_II))
+        torch.testing.assert_close(found[path] @ found[path].mT, torch.eye(6, dtype=torch.float64))
+        s_I = torch.linalg.eigvalsh(moment_II)
+        share = float((found[path] @ moment_II @ found[path].mT).trace()) / float(s_I[-6:].sum())
+        assert share == pytest.approx(1, abs=1e-5)  # summed in float32
+        # Room for all but the rank: what is left are the smallest eigenvectors, as in the paper.
+        most = strongest(pico, tasks, {path: len(s_I) - 4})[path]
+        a_RI = outside(methods_of(pico, "default")[path].a_RI.detach().double(), most)
+        left = float((a_RI @ moment_II @ a_RI.mT).trace()) / float(a_RI.square().sum())
+        assert left <= float(s_I[3]) * (1 + 1e-3) + 1e-6 * float(s_I[-1])
+
+
+def test_a_narrow_sketch_finds_most_of_it(pico: Any, tasks: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach(pico, LoraSettings(r=4))
+    monkeypatch.setattr(osrm, "SKETCH", 12)
+    monkeypatch.setattr(osrm, "STRONGEST", 6)
+    found = strongest(pico, tasks, dict.fromkeys(linear_layers(pico), 28))
+    for path, moment_II in _moments(pico, tasks).items():
+        assert len(found[path]) == 6
+        best = float(torch.linalg.eigvalsh(moment_II)[-6:].sum())
+        # A random model spreads its inputs evenly, which is the hardest for a sketch.
+        assert float((found[path] @ moment_II @ found[path].mT).trace()) > 0.75 * best
+
+
+def test_of_random_factors_the_answer_is_one_and_of_avoided_directions_none(pico: Any, tasks: list) -> None:
+    attach(pico, LoraSettings(r=4))
+    methods = methods_of(pico, "default")
+    shares = []
+    for seed in range(30):
+        for method in methods.values():
+            method.a_RI.data.normal_(generator=torch.Generator().manual_seed(seed))
+        shares.append(answered(pico, tasks, methods))
+    assert sum(shares) / len(shares) == pytest.approx(1, abs=0.1)
+    directions = strongest(pico, tasks, {path: method.a_RI.shape[1] - 4 for path, method in methods.items()})
+    for path, method in methods.items():
+        method.a_RI.data.copy_(outside(method.a_RI.data, basis_of(directions[path])))
+    assert answered(pico, tasks, methods) < 0.2  # four of 32 directions, evenly spread inputs
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """40 rows of another task than digits."""
+    file = tmp_path / "letters.jsonl"
+    rows = [(f"Letters {n:02d}", f"{'abcdefghij'[n // 10]} {'klmnopqrst'[n % 10]}") for n in range(10, 50)]
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    return file
+
+
+@pytest.fixture
+def first(config: Config, letters: Path, tmp_path: Path) -> RunConfig:
+    """A run on letters, finished, whose layers read few directions."""
+    one = config(dataset=str(letters), output_dir=str(tmp_path / "first"), r=2)
+    run.train(one, progress=False)
+    return one
+
+
+def test_a_run_starts_outside_of_the_data_too_and_resumes_to_the_same_bytes(
+    config: Config, first: RunConfig, letters: Path, stopping: Any, tmp_path: Path
+) -> None:
+    options = {"orthogonal_to": first.output_dir, "orthogonal_data": str(letters)}
+    whole, cut = (config(output_dir=str(tmp_path / name), **options) for name in ("whole", "cut"))
+    result = run.train(whole, progress=False)
+    stopping(cut, 7)
+    run.train(cut, progress=False, resume=True)
+    weights = [Path(one.output_dir, "adapter_model.safetensors").read_bytes() for one in (whole, cut)]
+    assert weights[0] == weights[1]
+
+    told = Adapter.load(whole.output_dir).card.training["orthogonal_to"]
+    assert told["adapters"][0]["data"] == str(letters) and len(told["adapters"][0]["data_sha256"]) == 64
+    assert told["overlap"]["at_start"] < 1e-12
+    assert 0 < told["answered"] < 0.1
+    assert any("rows of their data that the start did not see, A answers" in note for note in result.notes)
+    without = config(output_dir=str(tmp_path / "without"), orthogonal_to=first.output_dir)
+    run.train(without, progress=False)
+    assert "answered" not in Adapter.load(without.output_dir).card.training["orthogonal_to"]
+    assert Path(without.output_dir, "adapter_model.safetensors").read_bytes() != weights[0]
+
+
+def test_resumed_with_other_data_it_is_refused(config: Config, first: RunConfig, letters: Path, stopping: Any) -> None:
+    one = config(orthogonal_to=first.output_dir, orthogonal_data=str(letters))
+    stopping(one, 7)
+    letters.write_text("".join(letters.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(CheckpointError, match="orthogonal_data: it has"):
+        run.train(one, progress=False, resume=True)
+
+
+@pytest.mark.parametrize(
+    "options, fault",
+    [
+        ({"orthogonal_data": ["x", "y"]}, "orthogonal_data names 2 files for 1 adapters; wanted one for each"),
+        ({"orthogonal_data": "x", "orthogonal_start": False}, "orthogonal_data is for the start alone"),
+        ({"orthogonal_data": "x", "fsdp": True}, "fsdp where orthogonal_data is read before .*leave either out"),
+    ],
+)
+def test_settings_that_do_not_go_together(config: Config, options: dict, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        config(**{"orthogonal_to": "a", **options})
+
+
+def test_data_without_adapters_is_a_fault(config: Config) -> None:
+    with pytest.raises(ConfigError, match="orthogonal_data without orthogonal_to"):
+        config(orthogonal_data="x")
+
+
+def test_files_that_cannot_be_used_are_told(config: Config, first: RunConfig, tmp_path: Path) -> None:
+    pairs, single = tmp_path / "pairs.jsonl", tmp_path / "single.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    single.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    for file, fault in ((pairs, "preference pairs"), (single, "one row; wanted two"), (tmp_path / "no.jsonl", "no.js")):
+        with pytest.raises(DataError, match=fault):
+            run.train(config(orthogonal_to=first.output_dir, orthogonal_data=str(file)), progress=False)
