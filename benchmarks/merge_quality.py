@@ -96,7 +96,7 @@ class Experiment:
         """Everything, in parts that can be written."""
         for task in self.tasks:
             if task not in self.result["base"]:
-                self.result["base"][task] = self.tests[task].scores(self.loaded, None)
+                self.result["base"][task] = self.scores(task, None)
         yield "base"
         self.adapters = self.made({task: (task,) for task in self.tasks})
         self.each(self.tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
@@ -152,10 +152,13 @@ class Experiment:
         from veneer.adapter.attach import attach, detach
 
         attach(self.loaded.model, adapter, "scored")
-        found = {task: self.tests[task].scores(self.loaded, "scored") for task in tasks}
-        held = {task: self.held[task].scores(self.loaded, "scored") for task in tasks}
+        found = {task: self.scores(task, "scored") for task in tasks}
         detach(self.loaded.model, "scored")
-        return {task: found[task] | {"held": held[task]} for task in tasks}
+        return found
+
+    def scores(self, task: str, slot: str | None) -> dict[str, Any]:
+        """Of what `slot` makes of the task's test rows, and of those held out of training."""
+        return self.tests[task].scores(self.loaded, slot) | {"held": self.held[task].scores(self.loaded, slot)}
 
     def made(self, wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
         """Adapters trained on these tasks' rows, from the folder where they lie there."""

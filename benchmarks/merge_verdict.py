@@ -1,0 +1,189 @@
+"""Can it be told before whether two adapters may be merged? `python -m benchmarks.merge_verdict`.
+
+Reads what `benchmarks.merge_quality` measured. A pair may be merged (linear, 1/2 each), routed (both adapters served,
+each for its own task) or retrained (one adapter on the rows of both). What that is worth is the share of its own
+adapter's gain that the worse task keeps, less a price: a routed pair keeps everything and costs ROUTE, retraining
+needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regression foretells a merge's share, from
+
+- cosine: of the two updates;
+- weights: all that `veneer inspect A B` measures without data;
+- rows: what a merge keeps of each task's gain in loss on 30 rows that neither was trained on, the worse and the better;
+- half: the same of each adapter alone at half its weight, without the other;
+
+and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of 16 tasks,
+judged on pairs of the other 8. Told are AUC (may the pair be merged?), calibration, and what the verdict loses of the
+best choice's worth, beside always merging, always routing and always retraining.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import record
+from benchmarks.merge_quality import JOINED, JOINT
+
+MERGED = "linear 1/2"
+ROUTE, RETRAIN = 0.1, 0.2  # of the worse task's gain, what one would give up to be spared it
+LEFT_OUT, SPLITS, SEED = 8, 200, 0
+RIDGE = 1.0  # on standardised columns, beside one unit a pair
+BINS = 5
+GAIN = 0.02  # a task whose own adapter gains less has nothing to lose
+CHOICES = ("merge", "route", "retrain")
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs that were merged: their tasks, worth of each choice (pairs, 3), and what foretells it, by name."""
+
+    tasks: list[tuple[str, str]]
+    worth: Array
+    columns: dict[str, Array]
+
+
+def main() -> None:
+    """Prints the table and writes benchmarks/results/merge_verdict.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=record.RESULTS / "merge_quality.json")
+    asked = parser.parse_args()
+    try:
+        pairs = read(json.loads(asked.input.read_text(encoding="utf-8")))
+    except KeyError as error:
+        sys.exit(f"{asked.input} lacks {error}; next: python -m benchmarks.merge_quality")
+    result = judged(pairs)
+    for line in table(result):
+        print(line)
+    record.save("merge_verdict", result)
+
+
+def read(held: Mapping[str, Any]) -> Pairs:
+    """From what was measured: every pair that was merged by MERGED. A pair that was not
+    retrained would keep what those keep that were, in the mean; without any, all."""
+    merged = {tuple(name.split(JOINED)): found for name, found in sorted(held["pairs"].items()) if MERGED in found}
+    tasks = list(merged)
+    shares = [_worse(held, pair, found[MERGED]) for pair, found in merged.items()]
+    joint = np.array([_worse(held, pair, found[JOINT]) if JOINT in found else np.nan for pair, found in merged.items()])
+    known = joint[~np.isnan(joint)]
+    joint[np.isnan(joint)] = known.mean() if len(known) else 1.0
+    worth = np.stack([np.array(shares), np.full(len(tasks), 1 - ROUTE), joint - RETRAIN], axis=1)
+    features = [held["features"][JOINED.join(pair)] for pair in tasks]
+    names = [name for name in features[0] if name not in ("first", "second", "layers")]
+    columns = {
+        "cosine": np.array([[one["cosine"]] for one in features]),
+        "weights": np.array([[one[name] for name in names] for one in features], dtype=float),
+    }
+    if all("held" in found[MERGED][one] for pair, found in merged.items() for one in pair):
+        columns["rows"] = _both(held, tasks, lambda pair, one: merged[pair][MERGED][one])
+        columns["half"] = _both(held, tasks, lambda _, one: held["half"][one][one])
+    return Pairs(tasks, worth, columns)  # type: ignore[arg-type]
+
+
+def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
+    """What the worse of the two keeps of its own adapter's gain in score on its test rows, at most 1."""
+
+    def kept(task: str) -> float:
+        base, alone = held["base"][task]["score"], held["alone"][task][task]["score"]
+        return min(1.0, (found[task]["score"] - base) / (alone - base)) if alone - base > GAIN else 1.0
+
+    return min(map(kept, pair))
+
+
+def _both(held: Mapping[str, Any], tasks: Sequence[Any], scores: Callable[[Any, str], Any]) -> Array:
+    """Of each pair the smaller and the larger share of the gain in loss on held-out rows."""
+
+    def share(pair: Any, task: str) -> float:
+        base, alone = held["base"][task]["held"]["loss"], held["alone"][task][task]["held"]["loss"]
+        return float(np.clip((base - scores(pair, task)["held"]["loss"]) / max(base - alone, 1e-3), -1, 1))
+
+    return np.array([sorted(share(pair, task) for task in pair) for pair in tasks])
+
+
+def judged(pairs: Pairs) -> dict[str, Any]:
+    """Each predictor over all splits, and what never looks."""
+    draw = random.Random(SEED)
+    names = sorted({task for pair in pairs.tasks for task in pair})
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, *CHOICES)}
+    for _ in range(SPLITS):
+        out = set(draw.sample(names, min(LEFT_OUT, len(names) // 3)))
+        fit = np.array([not out & set(pair) for pair in pairs.tasks])
+        test = np.array([out >= set(pair) for pair in pairs.tasks])
+        if not (fit.sum() > 2 and test.any()):
+            continue
+        retrain = float(pairs.worth[fit, 2].mean())
+        for name, columns in pairs.columns.items():
+            told = foretold(columns[fit], pairs.worth[fit, 0], columns[test])
+            choice = np.stack([told, pairs.worth[test, 1], np.full(len(told), retrain)], axis=1).argmax(1)
+            found[name].append({"told": told, "worth": pairs.worth[test], "choice": choice})
+        for place, name in enumerate(CHOICES):
+            found[name].append({"worth": pairs.worth[test], "choice": np.full(int(test.sum()), place)})
+    counted = {name: float((pairs.worth.argmax(1) == place).mean()) for place, name in enumerate(CHOICES)}
+    return {
+        "pairs": len(pairs.tasks),
+        "tasks": len(names),
+        "splits": len(found["merge"]),
+        "prices": {"route": ROUTE, "retrain": RETRAIN},
+        "best_choice": counted,
+        "predictors": {name: summed(splits) for name, splits in found.items()},
+    }
+
+
+def foretold(x_PC: Array, y_P: Array, new_QC: Array) -> Array:
+    """Ridge regression on standardised columns, with a constant."""
+    mean_C, scale_C = x_PC.mean(0), x_PC.std(0)
+    scale_C[scale_C == 0] = 1.0
+    x_PC, new_QC = (x_PC - mean_C) / scale_C, (new_QC - mean_C) / scale_C
+    gram_CC = x_PC.T @ x_PC + RIDGE * np.eye(x_PC.shape[1])
+    return y_P.mean() + new_QC @ np.linalg.solve(gram_CC, x_PC.T @ (y_P - y_P.mean()))
+
+
+def summed(splits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """AUC and calibration where something was foretold, the loss beside the best choice, how often each was chosen."""
+    worth, choice = (np.concatenate([split[name] for split in splits]) for name in ("worth", "choice"))
+    lost = worth.max(1) - worth[np.arange(len(worth)), choice]
+    chosen = {name: round(float((choice == place).mean()), 4) for place, name in enumerate(CHOICES)}
+    found: dict[str, Any] = {"lost": round(float(lost.mean()), 4), "chosen": chosen}
+    if "told" in splits[0]:
+        each = [auc(split["told"], split["worth"].argmax(1) == 0) for split in splits]
+        told = np.concatenate([split["told"] for split in splits])
+        known = [one for one in each if not np.isnan(one)]
+        found["auc"] = round(float(np.mean(known)), 4) if known else None
+        found["calibration_error"] = round(calibration(told, worth[:, 0]), 4)
+    return found
+
+
+def auc(told: Array, right: Array) -> float:
+    """The chance that of a pair to merge and one not to, the former is told the higher share; NaN without both."""
+    yes, no = told[right], told[~right]
+    if not (len(yes) and len(no)):
+        return float("nan")
+    return float(((yes[:, None] > no) + 0.5 * (yes[:, None] == no)).mean())
+
+
+def calibration(told: Array, share: Array) -> float:
+    """|mean told - mean share| over BINS bins of equal size of what was told, their mean."""
+    parts = np.array_split(np.argsort(told, kind="stable"), BINS)
+    return float(np.mean([abs(told[part].mean() - share[part].mean()) for part in parts if len(part)]))
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """A row for each predictor, the best first."""
+    lines = [f"{'told by':<10} {'AUC':>6} {'off by':>7} {'lost':>7}   merged, routed, retrained"]
+    for name, one in sorted(result["predictors"].items(), key=lambda item: item[1]["lost"]):
+        score = f"{one['auc']:.3f}" if one.get("auc") is not None else "-"
+        off = f"{one['calibration_error']:.3f}" if "calibration_error" in one else "-"
+        chosen = ", ".join(f"{share:.0%}" for share in one["chosen"].values())
+        lines.append(f"{name:<10} {score:>6} {off:>7} {one['lost']:>7.4f}   {chosen}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The verdict's judge: it finds what foretells, finds nothing in noise, and never sees a task that it judges."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from benchmarks import merge_verdict
+from benchmarks.merge_verdict import Pairs, auc, calibration, foretold, judged, read, table
+
+
+def _pairs(seed: int = 0, tasks: int = 18) -> Pairs:
+    """Every task is mergeable or not; `rows` sees that through a little noise, `cosine` is noise."""
+    draw = np.random.default_rng(seed)
+    soft = draw.uniform(0.3, 1.0, tasks)
+    pairs = list(itertools.combinations(range(tasks), 2))
+    share = np.array([min(soft[i], soft[j]) for i, j in pairs])
+    worth = np.stack([share, np.full(len(pairs), 0.6), np.full(len(pairs), 0.55)], axis=1)
+    columns = {
+        "cosine": draw.normal(size=(len(pairs), 1)),
+        "rows": (share + draw.normal(scale=0.02, size=len(pairs)))[:, None],
+    }
+    return Pairs([(f"t{i}", f"t{j}") for i, j in pairs], worth, columns)
+
+
+def test_what_foretells_wins_and_noise_does_not() -> None:
+    found = judged(_pairs())["predictors"]
+    assert found["rows"]["auc"] > 0.95 and found["rows"]["lost"] < 0.01
+    assert 0.35 < found["cosine"]["auc"] < 0.65
+    assert found["rows"]["lost"] < min(found[name]["lost"] for name in ("cosine", "merge", "route", "retrain"))
+    assert found["rows"]["calibration_error"] < 0.05
+    assert found["merge"]["chosen"] == {"merge": 1.0, "route": 0.0, "retrain": 0.0}
+    lines = table(judged(_pairs()))
+    assert lines[1].split()[0] == "rows" and len(lines) == 6
+
+
+def test_a_task_that_is_judged_was_not_fitted_on() -> None:
+    """A column that names the task tells nothing of tasks that were never seen."""
+    pairs = _pairs()
+    named = np.array([[float(task == f"t{i}") for i in range(18)] for pair in pairs.tasks for task in pair])
+    pairs.columns["named"] = named.reshape(len(pairs.tasks), 2, 18).sum(1)
+    found = judged(pairs)["predictors"]["named"]
+    assert found["auc"] == pytest.approx(0.5, abs=0.02)  # ties, up to rounding
+
+
+def test_ridge_is_least_squares_where_there_is_much() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(4000, 3))
+    y = x @ [1.0, -2.0, 0.5] + 3
+    new = draw.normal(size=(5, 3))
+    np.testing.assert_allclose(foretold(x, y, new), new @ [1.0, -2.0, 0.5] + 3, atol=5e-3)
+
+
+def test_auc_and_calibration() -> None:
+    told = np.array([0.9, 0.8, 0.3, 0.3])
+    assert auc(told, np.array([True, True, False, False])) == 1
+    assert auc(told, np.array([False, False, True, True])) == 0
+    assert np.isnan(auc(told, np.ones(4, dtype=bool)))
+    assert calibration(told, told) == 0
+    assert calibration(told, told + 0.25) == pytest.approx(0.25)
+
+
+def test_what_was_measured_is_read() -> None:
+    def scores(score: float, loss: float) -> dict:
+        return {"score": score, "loss": loss, "held": {"score": score, "loss": loss}}
+
+    held = {
+        "base": {"a": scores(0.0, 3.0), "b": scores(0.5, 2.0)},
+        "alone": {"a": {"a": scores(1.0, 1.0)}, "b": {"b": scores(1.0, 1.0)}},
+        "half": {"a": {"a": scores(0.5, 2.0)}, "b": {"b": scores(1.0, 1.0)}},
+        "features": {"a--b": {"first": 0, "second": 1, "layers": 3, "cosine": 0.1, "input": 0.7}},
+        "pairs": {"a--b": {"linear 1/2": {"a": scores(0.9, 1.2), "b": scores(0.6, 1.5), "kept": 1.0}}, "b--c": {}},
+    }
+    pairs = read(held)
+    assert pairs.tasks == [("a", "b")]
+    np.testing.assert_allclose(pairs.worth, [[0.2, 1 - merge_verdict.ROUTE, 1 - merge_verdict.RETRAIN]])
+    assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
+    np.testing.assert_allclose(pairs.columns["rows"], [[0.5, 0.9]])
+    np.testing.assert_allclose(pairs.columns["half"], [[0.5, 1.0]])
