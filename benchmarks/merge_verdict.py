@@ -84,7 +84,7 @@ def read(held: Mapping[str, Any]) -> Pairs:
     if all("held" in found[MERGED][one] for pair, found in merged.items() for one in pair):
         columns["rows"] = _both(held, tasks, lambda pair, one: merged[pair][MERGED][one])
         columns["half"] = _both(held, tasks, lambda _, one: held["half"][one][one])
-    return Pairs(tasks, worth, columns)  # type: ignore[arg-type]
+    return Pairs(tasks, worth, columns)
 
 
 def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:

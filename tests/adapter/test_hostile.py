@@ -536,8 +536,17 @@ def test_the_longest_module_name(tmp_path):
 
 @pytest.mark.parametrize("options", [[1], {"system_prompt": 3}, {"system_prompt": ["x"]}], ids=str)
 def test_a_card_whose_system_prompt_is_none(pico, adapter_for, tmp_path, options):
+    _refused_options(pico, adapter_for, tmp_path, options)
+
+
+@pytest.mark.parametrize("length", ["1024", 0, -1, True, 1.5], ids=str)
+def test_a_card_whose_longest_row_is_no_number_of_tokens(pico, adapter_for, tmp_path, length):
+    _refused_options(pico, adapter_for, tmp_path, {"max_length": length})
+
+
+def _refused_options(pico, adapter_for, tmp_path, options):
     folder = adapter_for(pico(), {Q: 2}).save(tmp_path / "adapter")
     card = json.loads((folder / CARD).read_text())
     (folder / CARD).write_text(json.dumps(card | {"training": {"options": options}}))
-    with pytest.raises(AdapterError, match=r"training\.options: wanted"):
+    with pytest.raises(AdapterError, match=r"training\.options: .*wanted"):
         Adapter.load(folder)

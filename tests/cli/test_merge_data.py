@@ -84,6 +84,37 @@ def test_the_comparison_is_what_eval_finds(veneer: Callable[..., Any], out: Path
         assert found["file"] == f"{name}.jsonl" and found["rows"] == {"a": 12, "b": 10}[name]
 
 
+def test_rows_are_as_long_as_its_adapter_was_trained_or_as_asked(veneer: Callable[..., Any], out: Path) -> None:
+    card = json.loads((out / "a" / "veneer.json").read_text())
+    card["training"] = {"options": {"max_length": 24}}
+    (out / "a" / "veneer.json").write_text(json.dumps(card))
+
+    def lengths(*more: str) -> list[int]:
+        folder = f"d{len(list(out.iterdir()))}"
+        answer = veneer("merge", "a", "b", "--dataset", "a.jsonl", "b.jsonl", "-o", folder, "--json", *more)
+        assert answer.code == 0, answer.err
+        return [found["settings"]["max_length"] for found in json.loads(answer.out)["comparison"]["files"]]
+
+    assert lengths() == [24, 1024]
+    assert lengths("--max-length", "30") == [30, 30]
+
+
+def test_rows_at_fault_have_their_number_in_the_file_and_what_is_cut_is_told(
+    veneer: Callable[..., Any], out: Path
+) -> None:
+    lines = (out / "a.jsonl").read_text().splitlines()
+    lines[7] = json.dumps({"prompt": "Write", "completion": ""})  # among the rows that the method does not read
+    (out / "a.jsonl").write_text("\n".join(lines))
+    command = ("merge", "a", "b", "--dataset", "a.jsonl", "b.jsonl", "--method", "regmean", "-o", "d")
+    answer = veneer(*command)
+    assert answer.code != 0 and "a.jsonl" in answer.err and "8" in answer.err and not (out / "d").exists()
+    del lines[7]
+    (out / "a.jsonl").write_text("\n".join(lines))
+    answer = veneer(*command, "--max-length", "17")
+    assert answer.code == 0, answer.err
+    assert "a.jsonl: 11 rows are cut at max_length 17: 35 tokens are left out" in answer.err, answer.err
+
+
 def test_the_best_single_adapter_is_best_over_all_files_and_named(veneer: Callable[..., Any], out: Path) -> None:
     answer = veneer("merge", "a", "b", "--dataset", "a.jsonl,b.jsonl", "-o", "d", "--json")
     found = json.loads(answer.out)["comparison"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +20,14 @@ GIVEN = {"base_model": "m", "output_dir": "o", "dataset": "d"}
 def test_a_list_is_its_parts_between_commas(words: list[str]) -> None:
     assert split_list(",".join(words)) == words
     assert split_list(", ".join(words)) == words
+
+
+def test_what_exists_under_its_whole_name_is_one_file(tmp_path: Path) -> None:
+    odd = tmp_path / "a,b.jsonl"
+    options = {**GIVEN, "dataset": str(odd)}
+    assert RunConfig.from_flat(options).data.datasets == [str(tmp_path / "a"), "b.jsonl"]
+    odd.touch()
+    assert RunConfig.from_flat(options).data.datasets == [str(odd)]
 
 
 @given(st.dictionaries(WORDS, st.integers(1, 99)))

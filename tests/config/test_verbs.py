@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from veneer.config import ChatSettings, EvalSettings, GenerateSettings, MergeSettings, Settings
+from veneer.config import ChatSettings, ConvertSettings, EvalSettings, GenerateSettings, MergeSettings, Settings
 from veneer.errors import ConfigError
 
 
@@ -26,6 +26,10 @@ from veneer.errors import ConfigError
         (MergeSettings, {"adapters": "a", "output": "o"}, "add into_base"),
         (MergeSettings, {"adapters": "a,b", "output": "o", "into_base": True}, "one adapter"),
         (MergeSettings, {"adapters": "", "output": "o", "into_base": True}, "adapters"),
+        (MergeSettings, {"adapters": "a", "output": "o.gguf", "into_base": True}, "output is a folder.*give o"),
+        (MergeSettings, {"adapters": "a,b", "output": "o", "max_length": 9}, "max_length: with dataset only"),
+        (ConvertSettings, {"adapter": "a", "output": "o.GGUF", "to": "gguf"}, "output is a folder.*give o"),
+        (EvalSettings, {"harness": "x", "base_model": "m", "max_length": 9}, "max_length"),
     ],
 )
 def test_refused(settings: type[Settings], options: dict[str, Any], told: str) -> None:

@@ -24,6 +24,7 @@ from veneer.adapter.faults import json_faults, method_faults, module_faults, ten
 from veneer.adapter.files import Unreadable, escaped, parse_object, read_whole, write_folder
 from veneer.adapter.formats import JSON_LIMIT, PeftFolder, read_peft, write_peft
 from veneer.adapter.peft_vocabulary import COPIES, EMBEDDINGS, ROWS, vocabulary_faults
+from veneer.config.values import MAX_LENGTH
 from veneer.errors import AdapterError, ModelError, listed
 from veneer.methods import method_class
 from veneer.model.fingerprint import Fingerprint
@@ -83,6 +84,11 @@ class Card:
         """The system prompt of training, None where there was none."""
         return self.training.get("options", {}).get("system_prompt")
 
+    @property
+    def max_length(self) -> int:
+        """The longest row of training in tokens; where that is not known, what is usual."""
+        return self.training.get("options", {}).get("max_length") or MAX_LENGTH
+
     def to_json(self) -> dict[str, Any]:
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {**found, "base": self.base and self.base.to_json(), "parents": list(self.parents)}
@@ -106,6 +112,8 @@ class Card:
         options = value.get("training", {}).get("options", {}) if not faults else {}
         if not isinstance(options, dict) or not isinstance(options.get("system_prompt"), (str, type(None))):
             faults.append("training.options: wanted an object whose system_prompt, if any, is text")
+        elif not _is_length(options.get("max_length")):
+            faults.append(f"training.options: max_length is {options['max_length']!r:.80}, wanted a number of tokens")
         if faults:
             next_step = "Restore it, or delete it to load without a card."
             raise AdapterError(listed(f"{CARD} is not understood:", faults, next_step))
@@ -257,6 +265,11 @@ def _recordable(value: Any) -> Any:
     if isinstance(value, numbers.Integral):  # numpy's too
         return int(value)
     return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else str(value)
+
+
+def _is_length(value: Any) -> bool:
+    """Whether a card may say that of the longest row; None: it does not."""
+    return value is None or (type(value) is int and value >= 1)
 
 
 def _try(faults: list[str], make: Callable[[], Made]) -> Made | None:

@@ -70,7 +70,7 @@ def _on_data(settings: InspectSettings, found: Inspection, loaded: Any, rows: li
     from veneer.evaluate.on_data import on_data
 
     adapters = [one.adapter for one in found.adapters]
-    return on_data(loaded, adapters, _names(found), settings.dataset, rows, settings.seed, say)
+    return on_data(loaded, adapters, _names(found), settings.dataset, rows, settings.seed, settings.max_length, say)
 
 
 def _names(found: Inspection) -> list[str]:

@@ -93,7 +93,7 @@ def _print_comparison(comparison: Mapping[str, Any], json: bool) -> None:
     for one in comparison["files"]:
         heads, rows = grouped(one["metrics"], short)
         print_table(f"{one['file']}, the file of {one['adapter']}: score and 95 % interval", heads, rows, json=json)
-    for note in dict.fromkeys(note for one in comparison["files"] for note in one["notes"]):
+    for note in dict.fromkeys(f"{one['file']}: {note}" for one in comparison["files"] for note in one["notes"]):
         say(f"note: {note}")
     for line in comparison["verdicts"]:
         say(line)

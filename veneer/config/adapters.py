@@ -13,9 +13,9 @@ from pydantic_core import PydanticCustomError
 from veneer.config.files import read_yaml
 from veneer.config.merging import OPTIONS, SETTINGS, CutSettings, MethodOptions, data_methods, methods_with, spelt
 from veneer.config.options import options_of
-from veneer.config.run import ColumnSettings
-from veneer.config.values import FilesInOrder, Folder, Folders, Metavar, ModelName, Names, Weights, split_list
-from veneer.config.verbs import BaseSettings, Positive
+from veneer.config.run import RowSettings
+from veneer.config.values import FilesInOrder, Folder, Folders, Metavar, ModelName, Names, Positive, Weights, split_list
+from veneer.config.verbs import BaseSettings
 from veneer.errors import nearest
 
 
@@ -29,10 +29,10 @@ def _known(method: str) -> str:
 
 _OF_BASE = ("format", "force")
 Method = Annotated[str, AfterValidator(_known), Metavar("METHOD")]
-_OF_DATA = ("metrics", "limit", "columns")
+_OF_DATA = ("metrics", "limit", "columns", "max_length")
 
 
-class MergeSettings(MethodOptions, BaseSettings, ColumnSettings):
+class MergeSettings(MethodOptions, BaseSettings, RowSettings):
     """Several adapters become one, or one a part of its base."""
 
     group: ClassVar[str] = "Merge"
@@ -90,7 +90,7 @@ class MergeSettings(MethodOptions, BaseSettings, ColumnSettings):
             faults.append("`load_in_4bit`: a GGUF is written dense; leave it out, and use llama.cpp's llama-quantize")
         if self.force and self.storage == "dense":
             faults.append("`force` is for `load_in_4bit`")
-        return faults
+        return faults + _file_names(self.output)
 
     def _faults(self) -> list[str]:
         idle = [name for name in _OF_BASE if name in self.model_fields_set]
@@ -151,6 +151,7 @@ class ConvertSettings(CutSettings):
         of_extract = ("force",) if self.to == "gguf" else ("base_model", "force")
         idle = [name for name in of_extract if name in self.model_fields_set]
         faults = [f"{_listed(idle)}: for `extract` only"] if idle else []
+        faults += _file_names(self.output) if self.to == "gguf" else []
         return faults if self.adapter else [*faults, "nothing to convert: name an adapter folder, or give `extract`"]
 
     def _extract_faults(self) -> list[str]:
@@ -162,6 +163,12 @@ class ConvertSettings(CutSettings):
         if self.rank is None and self.energy is None:
             faults.append("`extract` needs `rank`, or `energy`: how much of the difference to keep")
         return faults
+
+
+def _file_names(output: str) -> list[str]:
+    if not output.lower().endswith(".gguf"):
+        return []
+    return [f"`output` is a folder, in which the .gguf lies beside what runs it; give {output[: -len('.gguf')]}"]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

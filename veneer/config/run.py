@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,7 @@ from veneer.config.orthogonal import OrthogonalToSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import (
+    MAX_LENGTH,
     Alphas,
     Columns,
     Counts,
@@ -21,6 +22,7 @@ from veneer.config.values import (
     ModelName,
     Names,
     Optim,
+    Positive,
     Ranks,
     RateOrAuto,
     Recompute,
@@ -34,7 +36,6 @@ from veneer.config.values import (
     Trackers,
 )
 
-Positive = Annotated[int, Field(ge=1)]
 Start = Literal["kaiming", "gaussian", "pissa", "pissa_niter_16", "milora", "olora"]
 
 
@@ -93,6 +94,16 @@ class ColumnSettings(Settings):
     columns: Columns = Field(default={}, description="what your columns are called: prompt=Question,completion=Answer")
 
 
+class RowSettings(ColumnSettings):
+    """How the rows of data files are read where adapters are compared on them."""
+
+    max_length: Positive | None = Field(
+        default=None,
+        description="longest row in tokens, what is beyond is cut and counted; default: as the adapters were trained, "
+        f"{MAX_LENGTH} where that is not known",
+    )
+
+
 class DataSettings(ColumnSettings):
     """What is trained on, and what is kept back to check it."""
 
@@ -113,7 +124,9 @@ class DataSettings(ColumnSettings):
         default=0.05,
         description="without eval_dataset: rows kept back for validation, a fraction below 1 or a number; 0 = none",
     )
-    max_length: Positive = Field(default=1024, description="longest row in tokens; what is beyond is cut and counted")
+    max_length: Positive = Field(
+        default=MAX_LENGTH, description="longest row in tokens; what is beyond is cut and counted"
+    )
     system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")
     template: Literal["chat"] = Field(
         default="chat", description="how a row becomes text: the model's own chat template"

@@ -6,6 +6,7 @@ A list may be written `a,b`, a dictionary `a=1,b=2`; both also as JSON. The same
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,6 +26,11 @@ def split_list(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return _json(value, list) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",") if v.strip()]
+
+
+def split_files(value: Any) -> Any:
+    """As `split_list`; but what exists under its whole name is one file or folder, commas and all."""
+    return [value] if isinstance(value, str) and os.path.exists(value) else split_list(value)
 
 
 def split_dict(value: Any) -> Any:
@@ -113,7 +119,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "fl
 
 def _one_or_list(value: Any) -> Any:
     """One stays as it is: settings of a run on one file are those that older runs wrote down."""
-    found = split_list(value)
+    found = split_files(value)
     if isinstance(found, list) and not found:
         raise PydanticCustomError("none", "Input should be at least one file")
     return found[0] if isinstance(found, list) and len(found) == 1 else found
@@ -130,10 +136,12 @@ def _counts(value: Any) -> Any:
     return [None if one in ("none", "all") else one for one in found] if isinstance(found, list) else found
 
 
+MAX_LENGTH = 1024  # tokens of a row, where nothing else is asked for
+Positive = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Metavar("TEXT")]
 File = Annotated[str, Field(min_length=1), Metavar("FILE")]
 Files = Annotated[File | list[File], BeforeValidator(_one_or_list), Metavar("FILE ...")]
-FilesInOrder = Annotated[list[File], BeforeValidator(split_list), Metavar("FILE ...")]
+FilesInOrder = Annotated[list[File], BeforeValidator(split_files), Metavar("FILE ...")]
 Column = Literal["prompt", "completion", "messages", "text", "chosen", "rejected", "tools", "references"]
 COLUMNS = get_args(Column)
 Columns = Annotated[dict[Column, str], BeforeValidator(_columns), Metavar("NAME=COLUMN,...")]
@@ -143,7 +151,7 @@ Weights = Annotated[list[float], BeforeValidator(split_list), Metavar("X,...")]
 Folder = Annotated[str, Field(min_length=1), Metavar("FOLDER")]
 ModelName = Annotated[str, Field(min_length=1), Metavar("MODEL")]
 Names = Annotated[list[str], BeforeValidator(split_list), Metavar("A,B,...")]
-Folders = Annotated[list[Folder], BeforeValidator(split_list), Metavar("FOLDER,...")]
+Folders = Annotated[list[Folder], BeforeValidator(split_files), Metavar("FOLDER,...")]
 Targets = Annotated[Literal["all-linear"] | list[str], BeforeValidator(_word_or_list), Metavar("all-linear|A,B,...")]
 Ranks = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(split_dict), Metavar("MODULE=N,...")]
 Alphas = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(split_dict), Metavar("MODULE=X,...")]

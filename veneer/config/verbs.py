@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from veneer.config.run import ColumnSettings, HubNameSettings
+from veneer.config.run import ColumnSettings, HubNameSettings, RowSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import (
+    MAX_LENGTH,
     File,
     FilesInOrder,
     Folder,
@@ -20,12 +21,12 @@ from veneer.config.values import (
     Metavar,
     ModelName,
     Names,
+    Positive,
     Seed,
     Text,
     split_dict,
 )
 
-Positive = Annotated[int, Field(ge=1)]
 MOST_WITH_DATA = 8  # adapters: each file is read by each adapter alone, and by its own with each other, twice
 Target = Literal["peft", "vllm", "sglang", "llama.cpp"]
 
@@ -86,7 +87,7 @@ class DecodingSettings(Settings):
     seed: Seed = Field(default=0, description="of the sampling")
 
 
-class EvalSettings(BaseSettings, ColumnSettings):
+class EvalSettings(BaseSettings, RowSettings):
     """Base and adapters on one data file."""
 
     group: ClassVar[str] = "Evaluation"
@@ -123,7 +124,7 @@ class EvalSettings(BaseSettings, ColumnSettings):
         if (self.dataset is None) == (not self.harness):
             raise PydanticCustomError("input", "give either `dataset` or `harness`")
         given = self.model_fields_set
-        if self.harness and (idle := sorted({"metrics", "max_new_tokens"} & given)):
+        if self.harness and (idle := sorted({"metrics", "max_new_tokens", "max_length"} & given)):
             raise PydanticCustomError(
                 "harness",
                 "tasks of `harness` say for themselves what {idle} is; leave it out",
@@ -189,12 +190,14 @@ class PreviewSettings(ColumnSettings):
         description="whose tokenizer and chat template: hub id, folder, GGUF file, or smollm2"
     )
     n: int = Field(default=3, ge=0, description="rows to show")
-    max_length: Positive = Field(default=1024, description="longest row in tokens; what is beyond is cut and counted")
+    max_length: Positive = Field(
+        default=MAX_LENGTH, description="longest row in tokens; what is beyond is cut and counted"
+    )
     system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")
     add_tokens: Names = Field(default=[], description="words that become tokens, as for train")
 
 
-class InspectSettings(BaseSettings, ColumnSettings):
+class InspectSettings(BaseSettings, RowSettings):
     """What adapters are, alone and beside each other."""
 
     group: ClassVar[str] = "Inspection"
@@ -234,7 +237,7 @@ class InspectSettings(BaseSettings, ColumnSettings):
 
     def _check_data(self) -> None:
         files, adapters = len(self.dataset), len(self.adapters)
-        if not files and (idle := sorted({"columns", "limit", "seed"} & self.model_fields_set)):
+        if not files and (idle := sorted({"columns", "limit", "max_length", "seed"} & self.model_fields_set)):
             told = {"idle": " and ".join(f"`{name}`" for name in idle), "verb": "is" if len(idle) == 1 else "are"}
             raise PydanticCustomError("idle", "{idle} {verb} for `dataset`; give a data file for each adapter", told)
         if files and files != adapters:

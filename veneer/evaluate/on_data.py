@@ -24,7 +24,6 @@ from veneer.model.likelihood import Likelihood, sequence_likelihoods
 from veneer.model.packed import wiring_of
 
 METRICS = ("loss",)
-MAX_LENGTH = 1024  # tokens of a row, as in `evaluate`
 SUM, HALVES = 1.0, 0.5  # of each of two adapters
 
 
@@ -83,12 +82,14 @@ def on_data(
     files: Sequence[str],
     rows: Sequence[Sequence[Row]],
     seed: int = 0,
+    max_length: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> tuple[OnFile, ...]:
     """One adapter's data after the other's. The model is as it was afterwards.
 
-    rows: of each adapter's file. Raises AdapterError for adapters with added tokens, DataError for rows that cannot be
-    used (of every file, before anything is measured), ModelError for a loss that is not finite.
+    rows: of each adapter's file. max_length: of a row in tokens; None: as its adapter was trained. Raises AdapterError
+    for adapters with added tokens, DataError for rows that cannot be used (of every file, before anything is
+    measured), ModelError for a loss that is not finite.
     """
     slots = [f"on_data_{number}" for number in range(len(adapters))]
     attached: list[str] = []
@@ -98,14 +99,17 @@ def on_data(
             attached.append(slot)
         _check_tokens(loaded.model, slots, names)
         templates = [Template(loaded.tokenizer, adapter.card.system_prompt) for adapter in adapters]
-        each = zip(rows, templates, files, strict=True)
-        encoded = [encode(those, template, MAX_LENGTH, file).examples for those, template, file in each]
+        lengths = [max_length or adapter.card.max_length for adapter in adapters]
+        each = zip(rows, templates, lengths, files, strict=True)
+        encoded = [encode(those, template, length, file).examples for those, template, length, file in each]
         found = []
         for own, examples in enumerate(encoded):
             progress(f"{names[own]}: what the others write on {len(rows[own]):,} rows")
             written = functional(loaded.model, adapters, own, slots[own], examples)
-            prompt = adapters[own].card.system_prompt
-            speakers = _Speakers(loaded, slots, names, rows[own], files[own], prompt, seed, progress)
+            read = {"system_prompt": adapters[own].card.system_prompt, "max_length": lengths[own]}
+            speakers = _Speakers(
+                loaded, slots, names, rows[own], files[own], read, seed, progress, _unmeasured(adapters, names)
+            )
             found.append(_on_file(speakers, own, written))
         return tuple(found)
     finally:
@@ -122,6 +126,12 @@ def _check_tokens(model: Any, slots: Sequence[str], names: Sequence[str]) -> Non
         )
 
 
+def _unmeasured(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
+    dora = [name for adapter, name in zip(adapters, names, strict=True) if adapter.card.method == "dora"]
+    told = "of DoRA, what it writes on others' inputs is told of B·A alone, its magnitudes left out; losses are whole"
+    return [f"{', '.join(dora)}: {told}"] if dora else []
+
+
 @dataclass
 class _Speakers:
     """One file, and what is asked of it: losses of adapters and of sums of two, each of them computed once."""
@@ -131,9 +141,10 @@ class _Speakers:
     names: Sequence[str]
     rows: Sequence[Row]
     file: str
-    prompt: str | None
+    read: Mapping[str, Any]  # how the rows are read, for `evaluate`
     seed: int
     progress: Callable[[str], None]
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._weights: dict[str, dict[str, float]] = {}
@@ -168,9 +179,8 @@ class _Speakers:
             self.rows,
             slots=slots,
             metrics=METRICS,
-            max_length=MAX_LENGTH,
             seed=self.seed,
-            system_prompt=self.prompt,
+            **self.read,
             where=self.file,
             likelihoods=self._likelihoods,
             progress=self.progress,
@@ -201,6 +211,5 @@ def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -
                 functional=found,
             )
         )
-    return OnFile(
-        own, speakers.file, len(speakers.rows), base, losses[own], changes[own], tuple(beside), tuple(alone.notes)
-    )
+    notes = (*alone.notes, *speakers.notes)
+    return OnFile(own, speakers.file, len(speakers.rows), base, losses[own], changes[own], tuple(beside), notes)

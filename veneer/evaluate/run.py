@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from veneer.config.values import MAX_LENGTH
 from veneer.data.chat import Conversation, Template, conversation, reading_notes
 from veneer.data.encode import encode, family_of
 from veneer.data.files import shortened
@@ -37,7 +38,7 @@ def evaluate(
     slots: Mapping[str, str | None] = BASE_AND_ADAPTER,
     metrics: Sequence[str] = ("loss", "perplexity"),
     max_new_tokens: int = 128,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     batch_size: int = 16,
     seed: int = 0,
     system_prompt: str | None = None,

@@ -12,6 +12,7 @@ from veneer.adapter.attach import attach, is_name
 from veneer.adapter.card import Adapter
 from veneer.adapter.take import storage_note
 from veneer.config import EvalSettings
+from veneer.config.values import MAX_LENGTH
 from veneer.data.encode import family_of
 from veneer.data.files import Row
 from veneer.data.sources import read_source
@@ -68,6 +69,7 @@ def evaluate_files(settings: EvalSettings) -> Result:
         rows,
         metrics=metrics,
         max_new_tokens=settings.max_new_tokens,
+        max_length=settings.max_length or max((one.card.max_length for one in adapters.values()), default=MAX_LENGTH),
         where=settings.dataset,
         **shared,
     )

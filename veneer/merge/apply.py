@@ -146,7 +146,7 @@ def report_of(merged: Mapping[str, Layer], notes: list[str]) -> Report:
         many = f"{len(degenerate)} of {len(merged)} layers, such as {degenerate[0]}"
         notes = [*notes, f"singular values coincide in {many}: which directions were chosen is a matter of rounding"]
     if not any(layer.norm for layer in merged.values()):
-        notes = [*notes, "the result is zero everywhere: the adapters cancel each other"]
+        notes = [*notes, "the result is zero everywhere: at these weights nothing is left of the adapters"]
     error = math.hypot(*(layer.error for layer in merged.values()))
     whole = math.hypot(error, *(layer.norm for layer in merged.values()))
     worst = min(merged, key=lambda module: merged[module].kept)

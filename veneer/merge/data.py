@@ -18,13 +18,25 @@ from veneer.merge.pinned import Named, named
 class ParentRows:
     """Of one parent's file.
 
-    path: as it was given. sha256: of the file. fitted: rows that the method reads. held_out: the others.
+    path: as it was given. sha256: of the file. rows: all of them. fitting: whether the method reads data. max_length:
+    of a row in tokens, None: as its adapter was trained.
     """
 
     path: str
     sha256: str
-    fitted: Sequence[Row]
-    held_out: Sequence[Row]
+    rows: Sequence[Row]
+    fitting: bool
+    max_length: int | None = None
+
+    @property
+    def fitted(self) -> Sequence[Row]:
+        """Rows that the method reads: every other one, from the first on."""
+        return self.rows[::2] if self.fitting else []
+
+    @property
+    def held_out(self) -> Sequence[Row]:
+        """Rows that judge what it made: the others."""
+        return self.rows[1::2] if self.fitting else self.rows
 
     @property
     def name(self) -> str:
@@ -55,5 +67,4 @@ def _read(one: Named, settings: MergeSettings, fitting: bool) -> ParentRows:
     if len(rows) < 1 + fitting:
         wanted = "two rows at least: one to read, one to judge by" if fitting else "one row at least"
         raise DataError(f"{one.path} has {len(rows)} rows; wanted {wanted}")
-    fitted = rows[::2] if fitting else []
-    return ParentRows(one.path, sha256, fitted, rows[1::2] if fitting else rows)
+    return ParentRows(one.path, sha256, rows, fitting, settings.max_length)

@@ -110,7 +110,7 @@ def _recipe(
 
 
 def _data(settings: MergeSettings, loaded: Loaded, rows: Sequence[ParentRows], output: Path) -> dict[str, Any]:
-    names = ("metrics", "limit", "columns", *BaseSettings.model_fields)
+    names = ("metrics", "limit", "columns", "max_length", *BaseSettings.model_fields)
     given = {name: getattr(settings, name) for name in names if name in settings.model_fields_set}
     base = loaded.name
     if base not in PACKAGED and os.path.exists(base):

@@ -20,7 +20,6 @@ from veneer.model.added_tokens import tokenizer_of
 from veneer.model.load import Loaded, load
 from veneer.notes import tell
 
-MAX_LENGTH = 1024  # tokens of a row, as in `veneer eval`
 MERGED = "merged"
 
 
@@ -77,5 +76,10 @@ def _slots(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _examples(loaded: Loaded, slot: str, adapter: Adapter, rows: ParentRows) -> Sequence[Any]:
+    """Those of the rows that the method reads. All rows are encoded, so that faults are told before it has read any,
+    by their place in the file."""
     template = Template(tokenizer_of(loaded, slot), adapter.card.system_prompt)
-    return encode(rows.fitted, template, MAX_LENGTH, rows.path).examples
+    length = rows.max_length or adapter.card.max_length
+    for note in encode(rows.rows, template, length, rows.path).notes:
+        tell(f"{rows.name}: {note}")
+    return encode(rows.fitted, template, length, rows.path).examples

@@ -30,5 +30,5 @@ LLAMA_CPP = Server(
         "variant": "llama.cpp ignores it and serves plain B·A",
     },
     told={"head": "refused where the base's head is its embedding"},
-    first="convert it first: convert_lora_to_gguf.py --base FOLDER {adapter}, with the base's config and tokenizer",
+    first="convert it first: veneer convert {adapter} OUT --to gguf",
 )
