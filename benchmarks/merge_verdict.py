@@ -36,6 +36,7 @@ ROUTE, RETRAIN = 0.1, 0.2  # of the worse task's gain, what one would give up to
 LEFT_OUT, SPLITS, SEED = 8, 200, 0
 RIDGE = 1.0  # on standardised columns, beside one unit a pair
 BINS = 5
+GOOD = 0.9  # share of its gain from which on a task counts as kept
 GAIN = 0.02  # a task whose own adapter gains less has nothing to lose
 CHOICES = ("merge", "route", "retrain")
 Array = np.ndarray
@@ -56,11 +57,12 @@ def main() -> None:
     parser.add_argument("--input", type=Path, default=record.RESULTS / "merge_quality.json")
     asked = parser.parse_args()
     try:
-        pairs = read(json.loads(asked.input.read_text(encoding="utf-8")))
+        held = json.loads(asked.input.read_text(encoding="utf-8"))
+        pairs = read(held)
     except KeyError as error:
         sys.exit(f"{asked.input} lacks {error}; next: python -m benchmarks.merge_quality")
-    result = judged(pairs)
-    for line in table(result):
+    result = {"methods": by_method(held)} | judged(pairs)
+    for line in (*methods_table(result["methods"]), "", *table(result)):
         print(line)
     record.save("merge_verdict", result)
 
@@ -85,6 +87,26 @@ def read(held: Mapping[str, Any]) -> Pairs:
         columns["rows"] = _both(held, tasks, lambda pair, one: merged[pair][MERGED][one])
         columns["half"] = _both(held, tasks, lambda _, one: held["half"][one][one])
     return Pairs(tasks, worth, columns)
+
+
+def by_method(held: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each way to make one adapter of two: what the worse task keeps of its gain, over the pairs that all ways made,
+    and in how many of them that is GOOD or more."""
+    made = [set(found) for found in held["pairs"].values()]
+    names = sorted(set.union(*made), key=lambda name: (name != MERGED, name)) if made else []
+    common = [pair for pair, found in held["pairs"].items() if all(name in found for name in names if name != JOINT)]
+    result = {}
+    for name in names:
+        kept = np.array(
+            [_worse(held, p.split(JOINED), held["pairs"][p][name]) for p in common if name in held["pairs"][p]]
+        )
+        result[name] = {
+            "pairs": len(kept),
+            "kept": round(float(kept.mean()), 4),
+            "median": round(float(np.median(kept)), 4),
+            "good": round(float((kept >= GOOD).mean()), 4),
+        }
+    return result
 
 
 def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
@@ -172,6 +194,14 @@ def calibration(told: Array, share: Array) -> float:
     """|mean told - mean share| over BINS bins of equal size of what was told, their mean."""
     parts = np.array_split(np.argsort(told, kind="stable"), BINS)
     return float(np.mean([abs(told[part].mean() - share[part].mean()) for part in parts if len(part)]))
+
+
+def methods_table(found: Mapping[str, Any]) -> list[str]:
+    """A row for each way, the best first."""
+    lines = [f"{'made by':<12} {'pairs':>5} {'kept':>6} {'median':>7} {'good':>6}"]
+    for name, one in sorted(found.items(), key=lambda item: -item[1]["kept"]):
+        lines.append(f"{name:<12} {one['pairs']:>5} {one['kept']:>6.1%} {one['median']:>7.1%} {one['good']:>6.1%}")
+    return lines
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

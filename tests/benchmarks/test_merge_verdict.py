@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import merge_verdict
-from benchmarks.merge_verdict import Pairs, auc, calibration, foretold, judged, read, table
+from benchmarks.merge_verdict import Pairs, auc, by_method, calibration, foretold, judged, methods_table, read, table
 
 
 def _pairs(seed: int = 0, tasks: int = 18) -> Pairs:
@@ -79,3 +79,6 @@ def test_what_was_measured_is_read() -> None:
     assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
     np.testing.assert_allclose(pairs.columns["rows"], [[0.5, 0.9]])
     np.testing.assert_allclose(pairs.columns["half"], [[0.5, 1.0]])
+    methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
+    assert methods == {"linear 1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0}}
+    assert methods_table(methods)[1].split() == ["linear", "1/2", "1", "20.0%", "20.0%", "0.0%"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from veneer.cli.__main__ import VERBS
+from veneer.cli.__main__ import VERBS, _stolen
 from veneer.errors import DataError
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "rich", "peft", "gguf", "jinja2", "yaml")
@@ -190,3 +190,20 @@ def test_the_table_names_files_that_are_there() -> None:
     folder = Path(sys.modules["veneer.cli.__main__"].__file__ or "").parent
     assert {spot for spot, _ in VERBS.values()} == {f"veneer.cli.{verb}:run" for verb in VERBS}
     assert all((folder / f"{verb}.py").exists() for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("stat", "share"),
+    [
+        ("cpu  600 50 150 4000 90 0 7 200 0 0\ncpu0 1 2", 0.2),  # of 1000 that it wanted; idle, waiting and irqs aside
+        ("cpu  0 0 0 9 0 0 0 0 0 0\n", 0),
+        ("cpu  1 2 3\n", 0),
+        ("nothing of the kind here, nor anywhere in this file\n", 0),
+        (None, 0),
+    ],
+)
+def test_what_a_host_took_of_the_cores(tmp_path: Path, stat: str | None, share: float) -> None:
+    file = tmp_path / "stat"
+    if stat is not None:
+        file.write_text(stat)
+    assert _stolen(file) == share

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from veneer.cli.output import notes_told, results, results_only, say, write_anything
 from veneer.errors import ConfigError, VeneerError, nearest
@@ -77,11 +78,22 @@ def _tell_nobody() -> None:
 def _wait_politely() -> None:
     """On a busy machine, lets OpenMP's threads sleep at barriers; read when torch is loaded.
 
-    Where another process holds a core, spinning makes a training step 10 to 30 times slower; on an idle machine,
-    sleeping makes it a tenth slower (docs/log.md).
+    Where another process, or another virtual machine, holds a core, spinning makes a training step up to 30 times
+    slower; on an idle machine, sleeping makes it a tenth slower (docs/log.md).
     """
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * (os.cpu_count() or 1):
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * (os.cpu_count() or 1)
+    if busy or _stolen() > 0.05:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _stolen(stat: Path = Path("/proc/stat")) -> float:
+    """Of the time that this virtual machine wanted its cores since it started, the share that its host gave to others;
+    0 where that is not known."""
+    try:
+        user, nice, system, _idle, _wait, _irq, _softirq, steal = map(int, stat.read_text().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return steal / max(1, user + nice + system + steal)
 
 
 def overview() -> str:

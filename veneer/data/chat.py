@@ -284,8 +284,8 @@ def _notes(
     notes = reading_notes(rows)
     cut = [example.dropped for example in examples if example.dropped]
     if cut:
-        rows = "1 row is" if len(cut) == 1 else f"{len(cut):,} rows are"
-        notes.append(f"{rows} cut at max_length {max_length}: {sum(cut):,} tokens are left out")
+        cut_rows = "1 row is" if len(cut) == 1 else f"{len(cut):,} rows are"
+        notes.append(f"{cut_rows} cut at max_length {max_length}: {sum(cut):,} tokens are left out")
     if any(not template.closes(example) for example in examples if not example.dropped):
         notes.append("an assistant's turn ends without a special token: the model does not learn where to stop")
     return notes
