@@ -100,7 +100,7 @@ def by_method(held: Mapping[str, Any]) -> dict[str, Any]:
         kept = np.array(
             [_worse(held, p.split(JOINED), held["pairs"][p][name]) for p in common if name in held["pairs"][p]]
         )
-        result[name] = {
+        result[name.replace(" ", "_")] = {
             "pairs": len(kept),
             "kept": round(float(kept.mean()), 4),
             "median": round(float(np.median(kept)), 4),

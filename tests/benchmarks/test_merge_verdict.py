@@ -80,5 +80,5 @@ def test_what_was_measured_is_read() -> None:
     np.testing.assert_allclose(pairs.columns["rows"], [[0.5, 0.9]])
     np.testing.assert_allclose(pairs.columns["half"], [[0.5, 1.0]])
     methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
-    assert methods == {"linear 1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0}}
-    assert methods_table(methods)[1].split() == ["linear", "1/2", "1", "20.0%", "20.0%", "0.0%"]
+    assert methods == {"linear_1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0}}
+    assert methods_table(methods)[1].split() == ["linear_1/2", "1", "20.0%", "20.0%", "0.0%"]
