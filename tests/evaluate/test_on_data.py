@@ -56,6 +56,9 @@ def test_losses_and_changes_are_those_of_an_evaluation(loaded: Any, adapters: li
         for each in one.beside:
             assert (each.loss, each.change) == (losses[f"s{each.other}"], changes[f"s{each.other}"])
             assert each.change.low is not None
+            gain = one.base.score - one.loss.score
+            kept = (one.base.score - each.halved.score) / gain if gain > 0 else None
+            assert each.kept == (kept if kept is None else pytest.approx(kept))
 
 
 def test_sums_are_those_of_a_merged_adapter(loaded: Any, adapters: list[Adapter]) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "loss in nats per token, changes with 95 % intervals over rows; alone: of each adapter, less the base; A + B, "
-    "A/2 + B/2: less A alone; writes: Σ‖ΔW_B x‖² / Σ‖ΔW_A x‖² on A's data, mean over the "
-    "layers of both; cosine: of the two outputs"
+    "A/2 + B/2: less A alone; kept: of what A gained, the share that A/2 + B/2 keeps; writes: "
+    "Σ‖ΔW_B x‖² / Σ‖ΔW_A x‖² on A's data, mean over the layers of both; cosine: of the two outputs"
 )
 
 
@@ -31,11 +31,12 @@ def print_on_data(found: Sequence[OnFile], names: Sequence[str], json: bool) -> 
             f"{names[one.adapter]} : {names[each.other]}",
             *(each.functional.layers, each.functional.ratio, each.functional.cosine),
             *map(_change, (each.change, each.summed_change, each.halved_change)),
+            "-" if each.kept is None else f"{each.kept:.0%}",
         ]
         for one in found
         for each in one.beside
     ]
-    heads = ["data of A : B", "layers", "B writes", "cosine", "B alone", "A + B", "A/2 + B/2"]
+    heads = ["data of A : B", "layers", "B writes", "cosine", "B alone", "A + B", "A/2 + B/2", "kept"]
     print_table("the others on its data", heads, rows, json=json)
     say(_LEGEND)
     for note in dict.fromkeys(f"{one.file}: {note}" for one in found for note in one.notes):

@@ -32,7 +32,9 @@ class Beside:
     """What adapter `other` does to the data of another one, A.
 
     loss, change: of `other` alone, and less the base's. summed, summed_change: of A + other, and less that of A alone;
-    halved, halved_change: the same of A/2 + other/2. functional: what `other` writes there beside A.
+    halved, halved_change: the same of A/2 + other/2. kept: of what A gained on the base, the share that A/2 + other/2
+    keeps; None where A gained nothing, below 0 where the base does better. functional: what `other` writes there
+    beside A.
     """
 
     other: int
@@ -42,6 +44,7 @@ class Beside:
     summed_change: Score
     halved: Score
     halved_change: Score
+    kept: float | None
     functional: Functional
 
 
@@ -192,6 +195,11 @@ class _Speakers:
         return self._known[slot]
 
 
+def _kept(base: Score, own: Score, merged: Score) -> float | None:
+    gain = base.score - own.score
+    return (base.score - merged.score) / gain if gain > 0 else None
+
+
 def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -> OnFile:
     alone, added = speakers.alone(), speakers.added(own)
     [base, *losses], changes = alone.metrics["loss"].values(), list(alone.differences["loss"].values())
@@ -208,6 +216,7 @@ def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -
                 summed_change=sum_changes[summed],
                 halved=sums[halved],
                 halved_change=sum_changes[halved],
+                kept=_kept(base, losses[own], sums[halved]),
                 functional=found,
             )
         )

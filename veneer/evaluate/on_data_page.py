@@ -60,18 +60,33 @@ def _drawn(names: Sequence[str], cells: Cells, title: str, top: float, says: str
 
 
 def _losses(found: Sequence[OnFile], names: Sequence[str]) -> str:
-    heads = ["data of A : B", "base", "A", "B", "A + B", "A/2 + B/2", "A + B less A", "A/2 + B/2 less A", "cosine"]
+    heads = [
+        "data of A : B",
+        "base",
+        "A",
+        "B",
+        "A + B",
+        "A/2 + B/2",
+        "A + B less A",
+        "A/2 + B/2 less A",
+        "kept",
+        "cosine",
+    ]
     rows = [
         [
             f"{names[one.adapter]} : {names[each.other]}",
             *(number(score.score) for score in (one.base, one.loss, each.loss, each.summed, each.halved)),
             *map(_change, (each.summed_change, each.halved_change)),
+            "-" if each.kept is None else f"{each.kept:.0%}",
             number(each.functional.cosine),
         ]
         for one in found
         for each in one.beside
     ]
-    says = "Nats per token, with 95 % intervals of changes over rows; cosine: of what A and B write on A's data."
+    says = (
+        "Nats per token, with 95 % intervals of changes over rows; kept: of what A gained on the base, the share that "
+        "A/2 + B/2 keeps; cosine: of what A and B write on A's data."
+    )
     return f'<section><h2>Losses</h2>{table(heads, rows)}<p class="small">{says}</p></section>'
 
 
