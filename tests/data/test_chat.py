@@ -258,7 +258,7 @@ def test_instruction_and_truncation_are_said_aloud(chatml):
     encoded = encode_rows(rows, Template(chatml), 60, "rows.jsonl")
     assert encoded.dropped_tokens == encoded.examples[1].dropped > 0
     assert r"`instruction` stands before the prompt in 1 rows, as {instruction}\n\n{prompt}" in encoded.notes[0]
-    assert encoded.notes[1] == f"1 rows are cut at max_length 60: {encoded.dropped_tokens} tokens are left out"
+    assert encoded.notes[1] == f"1 row is cut at max_length 60: {encoded.dropped_tokens} tokens are left out"
     assert encode_rows([GOOD], Template(chatml), 60, "rows.jsonl").notes == ()
 
 

@@ -50,7 +50,7 @@ def test_data_cannot_steer_the_terminal(chatml):
 
 def test_notes_are_shown(chatml):
     encoded = encode_rows([{"prompt": "a", "completion": "b" * 50}], Template(chatml), 40, "rows.jsonl")
-    assert "note: 1 rows are cut at max_length 40" in shown(encoded, chatml)
+    assert "note: 1 row is cut at max_length 40" in shown(encoded, chatml)
     assert f", {encoded.dropped_tokens} cut off" in shown(encoded, chatml)
 
 
