@@ -26,9 +26,13 @@ from veneer.errors import ConfigError
         (MergeSettings, {"adapters": "a", "output": "o"}, "add into_base"),
         (MergeSettings, {"adapters": "a,b", "output": "o", "into_base": True}, "one adapter"),
         (MergeSettings, {"adapters": "", "output": "o", "into_base": True}, "adapters"),
-        (MergeSettings, {"adapters": "a", "output": "o.gguf", "into_base": True}, "output is a folder.*give o"),
+        (
+            MergeSettings,
+            {"adapters": "a", "output": "o.gguf", "into_base": True},
+            "output is a folder: give o( and format gguf)?, ",
+        ),
         (MergeSettings, {"adapters": "a,b", "output": "o", "max_length": 9}, "max_length: with dataset only"),
-        (ConvertSettings, {"adapter": "a", "output": "o.GGUF", "to": "gguf"}, "output is a folder.*give o"),
+        (ConvertSettings, {"adapter": "a", "output": "x/o.GGUF/"}, "output is a folder: give x/o and to gguf"),
         (EvalSettings, {"harness": "x", "base_model": "m", "max_length": 9}, "max_length"),
     ],
 )

@@ -31,6 +31,7 @@ from veneer.model.fingerprint import Fingerprint
 
 CARD = "veneer.json"
 FORMAT = 1
+LONGEST_ROW = 2**24  # tokens: more than any model reads
 Made = TypeVar("Made")
 _FAULTS = 40  # told one by one
 
@@ -87,7 +88,17 @@ class Card:
     @property
     def max_length(self) -> int:
         """The longest row of training in tokens; where that is not known, what is usual."""
-        return self.training.get("options", {}).get("max_length") or MAX_LENGTH
+        return self.trained_length or MAX_LENGTH
+
+    @property
+    def trained_length(self) -> int | None:
+        """The longest row of training in tokens, None where that is not known."""
+        return self.training.get("options", {}).get("max_length")
+
+    @property
+    def columns(self) -> dict[Any, str]:
+        """What the columns of the training data are called, where they had names of their own."""
+        return self.training.get("options", {}).get("columns") or {}
 
     def to_json(self) -> dict[str, Any]:
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -114,6 +125,8 @@ class Card:
             faults.append("training.options: wanted an object whose system_prompt, if any, is text")
         elif not _is_length(options.get("max_length")):
             faults.append(f"training.options: max_length is {options['max_length']!r:.80}, wanted a number of tokens")
+        elif not _are_columns(options.get("columns")):
+            faults.append(f"training.options: columns are {options['columns']!r:.80}, wanted text by text")
         if faults:
             next_step = "Restore it, or delete it to load without a card."
             raise AdapterError(listed(f"{CARD} is not understood:", faults, next_step))
@@ -269,7 +282,11 @@ def _recordable(value: Any) -> Any:
 
 def _is_length(value: Any) -> bool:
     """Whether a card may say that of the longest row; None: it does not."""
-    return value is None or (type(value) is int and value >= 1)
+    return value is None or (type(value) is int and 1 <= value <= LONGEST_ROW)
+
+
+def _are_columns(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))
 
 
 def _try(faults: list[str], make: Callable[[], Made]) -> Made | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from veneer.cli.help import help_text
 from veneer.cli.output import results
 from veneer.config import SHORTHANDS, Option, Settings, options_of, read, read_yaml
 from veneer.config.faults import unknown
+from veneer.config.values import files_named
 
 S = TypeVar("S", bound=Settings)
 _SHORT = {"-o": "--output"}
@@ -139,7 +141,7 @@ class _Line:
         elif option.name not in self.options:
             self.options[option.name] = value
         elif option.kind in ("list", "dict"):
-            self.options[option.name] += "," + value
+            self.options[option.name] = _joined(self.options[option.name], value)
         elif self.options[option.name] != value:
             self.faults.append(f"{kebab(option.name)} is given twice: {self.options[option.name]} and {value}")
 
@@ -183,6 +185,12 @@ class _Line:
 
 def _starts_something_else(word: str) -> bool:
     return word.startswith("-") or word.endswith((".yaml", ".yml"))
+
+
+def _joined(given: str, more: str) -> str:
+    """Two words of one list as one; in JSON where a comma is part of a name."""
+    names = [name for word in (given, more) for name in files_named(word)]
+    return json.dumps(names) if any("," in name for name in names) else f"{given},{more}"
 
 
 def _is_number(word: str) -> bool:

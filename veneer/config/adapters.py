@@ -90,7 +90,7 @@ class MergeSettings(MethodOptions, BaseSettings, RowSettings):
             faults.append("`load_in_4bit`: a GGUF is written dense; leave it out, and use llama.cpp's llama-quantize")
         if self.force and self.storage == "dense":
             faults.append("`force` is for `load_in_4bit`")
-        return faults + _file_names(self.output)
+        return faults + _file_names(self.output, "" if self.format == "gguf" else "`format` gguf")
 
     def _faults(self) -> list[str]:
         idle = [name for name in _OF_BASE if name in self.model_fields_set]
@@ -151,7 +151,7 @@ class ConvertSettings(CutSettings):
         of_extract = ("force",) if self.to == "gguf" else ("base_model", "force")
         idle = [name for name in of_extract if name in self.model_fields_set]
         faults = [f"{_listed(idle)}: for `extract` only"] if idle else []
-        faults += _file_names(self.output) if self.to == "gguf" else []
+        faults += _file_names(self.output, "" if self.to == "gguf" else "`to` gguf")
         return faults if self.adapter else [*faults, "nothing to convert: name an adapter folder, or give `extract`"]
 
     def _extract_faults(self) -> list[str]:
@@ -165,10 +165,13 @@ class ConvertSettings(CutSettings):
         return faults
 
 
-def _file_names(output: str) -> list[str]:
-    if not output.lower().endswith(".gguf"):
+def _file_names(output: str, how: str) -> list[str]:
+    """A fault where `output` is called like a file for llama.cpp; `how`: the options that write one, or none."""
+    folder, ending = os.path.splitext(output.rstrip("/"))
+    if ending.lower() != ".gguf":
         return []
-    return [f"`output` is a folder, in which the .gguf lies beside what runs it; give {output[: -len('.gguf')]}"]
+    more = f" and {how}, which writes a .gguf into it" if how else ", in which the .gguf lies"
+    return [f"`output` is a folder: give {folder}{more}"]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -33,6 +33,14 @@ def split_files(value: Any) -> Any:
     return [value] if isinstance(value, str) and os.path.exists(value) else split_list(value)
 
 
+def files_named(text: str) -> list[str]:
+    """What is named there, whether one file or folder, several between commas, or some of them in JSON."""
+    try:
+        return [str(one) for one in split_files(text)]
+    except PydanticCustomError:  # of broken JSON, which is told when it is read
+        return [text]
+
+
 def split_dict(value: Any) -> Any:
     """`a=1,b=2` or `{"a": 1}` -> dict; anything but text is left as it is."""
     if not isinstance(value, str):

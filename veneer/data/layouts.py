@@ -31,7 +31,7 @@ WANTED_ROW = (
     "(objects with `role` and `content`), with a reply; or `text` alone. Next: name your columns, --columns "
     "prompt=COLUMN,completion=COLUMN; `veneer data preview` shows what is read."
 )
-MEND_ROWS = "Next: mend these rows, or take them out of the file."
+MEND_ROWS = "Next: mend these rows, or take them out of the file; a larger --max-length reads more of each."
 UNKNOWN_FIELDS = "has the fields "
 NO_REPLY = "has no assistant's turn: there is nothing to learn"
 MARKED = "trains no assistant's turn: each is marked with `train` false or `weight` 0"

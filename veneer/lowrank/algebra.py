@@ -5,6 +5,7 @@ Shapes: a_RI, b_OR; the ranks of several updates may differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,7 +55,12 @@ def without_zeros(a_RI: Tensor, b_OR: Tensor) -> Factors:
     """
     # Sums of sizes, which neither vanish for small values nor take the time of `any`, or of vector_norm along columns.
     a_R, b_R = a_RI.abs().sum(1), b_OR.abs().sum(0)
-    if not (a_R.isfinite().all() and b_R.isfinite().all()) and not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+    if not len(a_R):
+        return Factors(a_RI, b_OR)
+    (least_a, most_a), (least_b, most_b) = (map(float, one_R.aminmax()) for one_R in (a_R, b_R))
+    if not math.isfinite(most_a + most_b) and not (a_RI.isfinite().all() and b_OR.isfinite().all()):
         raise ValueError("the factors hold NaN or infinite values")
+    if least_a > 0 and least_b > 0:
+        return Factors(a_RI, b_OR)
     kept_R = (a_R != 0) & (b_R != 0)
-    return Factors(a_RI, b_OR) if kept_R.all() else Factors(a_RI[kept_R], b_OR[:, kept_R])
+    return Factors(a_RI[kept_R], b_OR[:, kept_R])

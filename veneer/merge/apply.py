@@ -172,8 +172,13 @@ def _adapter(adapters: Sequence[Adapter], merged: Mapping[str, Layer], report: C
     training: dict[str, Any] = {"merge": report.recipe.to_json()}
     if report.learned:
         training["learned"] = dict(report.learned)
-    if prompt := common([card.system_prompt for card in cards]):
-        training["options"] = {"system_prompt": prompt}
+    # How the rows of all parents are read: the same prompt, or none; as long as the longest.
+    options = {"system_prompt": common([card.system_prompt for card in cards])}
+    options |= {
+        "max_length": max(lengths) if (lengths := [n for card in cards if (n := card.trained_length)]) else None
+    }
+    if told := {name: value for name, value in options.items() if value}:
+        training["options"] = told
     transposed = any(card.settings.get("fan_in_fan_out") for card in cards)
     card = Card(
         method="lora",

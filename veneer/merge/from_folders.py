@@ -51,6 +51,8 @@ def merge_folders(
     rows = read_rows(settings, recipe.reads_data)
     adapters, names = _read(given, progress), [one.path for one in given]
     check_parents(adapters, names)  # before a base is loaded for them
+    of_cards = zip(rows, adapters, strict=bool(rows))
+    rows = [replace(one, max_length=one.max_length or adapter.card.max_length) for one, adapter in of_cards]
     on_base = put_on_base(settings, base, adapters, names, rows) if rows else None
     merged, report = combine(adapters, recipe, progress, names, on_base)
     made = {
@@ -117,5 +119,7 @@ def _data(settings: MergeSettings, loaded: Loaded, rows: Sequence[ParentRows], o
         base = os.path.join(".", relative(base, output))
     # What was found out stands there as if it had been given: another machine may find something else.
     given |= {"base_model": base, "dtype": str(loaded.model.dtype).removeprefix("torch.")}
+    if len(lengths := {one.max_length for one in rows}) == 1:
+        given |= {"max_length": lengths.pop()}
     told = {name: given[name] for name in names if given.get(name) not in (None, {})}
     return {"dataset": [pinned(one.path, one.sha256, output) for one in rows], **told}

@@ -56,9 +56,9 @@ def put_on_base(
         if note := storage_note(adapter, loaded.storage, name):
             tell(note)
         attach(loaded.model, adapter, slot)
-    fitted = zip(slots, adapters, rows, strict=True)
-    examples = {slot: _examples(loaded, slot, adapter, one) for slot, adapter, one in fitted if one.fitted}
-    return OnBase(loaded, tuple(slots), examples)
+    each = zip(slots, adapters, rows, strict=True)
+    examples = {slot: _examples(loaded, slot, adapter, one) for slot, adapter, one in each}
+    return OnBase(loaded, tuple(slots), {slot: those for slot, those in examples.items() if those})
 
 
 def put_merged(on_base: OnBase, merged: Adapter) -> None:
@@ -76,10 +76,13 @@ def _slots(adapters: Sequence[Adapter]) -> list[str]:
 
 
 def _examples(loaded: Loaded, slot: str, adapter: Adapter, rows: ParentRows) -> Sequence[Any]:
-    """Those of the rows that the method reads. All rows are encoded, so that faults are told before it has read any,
-    by their place in the file."""
+    """Those of the rows that the method reads. All rows are encoded, so that faults are told before any work, by their
+    place in the file."""
     template = Template(tokenizer_of(loaded, slot), adapter.card.system_prompt)
     length = rows.max_length or adapter.card.max_length
-    for note in encode(rows.rows, template, length, rows.path).notes:
+    whole = encode(rows.rows, template, length, rows.path)
+    if not rows.fitting:
+        return ()
+    for note in whole.notes:
         tell(f"{rows.name}: {note}")
     return encode(rows.fitted, template, length, rows.path).examples

@@ -71,7 +71,7 @@ def _read_folder(folder: Path, merged: Merged) -> nn.Module:
 
 
 def _write_gguf(folder: Path, merged: Merged) -> list[str]:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     write_model(folder, merged.model, merged.tokenizer, merged.source)
     return write_modelfile(folder, f"./{FILE}", merged.tokenizer, merged.system_prompt)
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from veneer.adapter.card import Adapter
+from veneer.adapter.card import Adapter, Card
 from veneer.adapter.experts import numbered
 from veneer.adapter.faults import add_fault
 from veneer.adapter.verify import check_base
 from veneer.config.orthogonal import OrthogonalToSettings
 from veneer.data.chat import Template
 from veneer.data.encode import encode
-from veneer.data.preference import refuse_pairs
+from veneer.data.preference import is_preference
 from veneer.data.sources import read_several, read_source
 from veneer.errors import AdapterError, ConfigError, DataError, WrongBaseError, listed
 from veneer.lowrank import directions
@@ -27,7 +27,7 @@ from veneer.methods.base import Method
 from veneer.methods.experts import ExpertLoRA
 from veneer.methods.lora import LoRA
 from veneer.model import fingerprint as fingerprints
-from veneer.train.orthogonal import Orthogonality
+from veneer.train.orthogonal import Orthogonality, start_outside
 from veneer.train.osrm import answered, strongest
 
 ROWS = 256  # of an earlier adapter's data that make the start, and as many that judge it
@@ -54,28 +54,33 @@ class Earlier(NamedTuple):
         return {**named, "data": self.data.file, "data_sha256": self.data.sha256} if self.data else named
 
 
-def read_earlier(settings: OrthogonalToSettings, tokenizer: Any, max_length: int) -> list[Earlier]:
-    """The adapters that the settings name, and their data. Raises AdapterError with the faults of all adapters,
-    DataError with those of all files."""
+def read_earlier(settings: OrthogonalToSettings, tokenizer: Any) -> list[Earlier]:
+    """The adapters that the settings name, and their data, read as they were trained, but by the base's tokenizer.
+
+    Raises AdapterError with the faults of all adapters, DataError with those of all files.
+    """
     found = _read_adapters(settings.orthogonal_to)
     if not settings.orthogonal_data:
         return found
 
     def read(one: tuple[Earlier, str]) -> Earlier:
         earlier, file = one
-        template = Template(tokenizer, earlier.adapter.card.system_prompt)
-        return earlier._replace(data=_read_data(file, template, max_length))
+        return earlier._replace(data=_read_data(file, tokenizer, earlier.adapter.card))
 
     return read_several(zip(found, settings.orthogonal_data, strict=True), read, "--orthogonal-data:")
 
 
-def _read_data(file: str, template: Template, max_length: int) -> Data:
+def _read_data(file: str, tokenizer: Any, card: Card) -> Data:
     """The first rows of a file; every other one makes the start. All of a row counts, questions and answers."""
-    source = read_source(file, limit=2 * ROWS)
-    refuse_pairs(source.rows, file, "do not tell what an adapter of one answer reads")
-    examples = encode(source.rows, template, max_length, file).examples
+    source = read_source(file, card.columns, limit=2 * ROWS)
+    if is_preference(source.rows):
+        raise DataError(f"{file} holds preference pairs; wanted rows with one answer, or text")
+    examples = encode(source.rows, Template(tokenizer, card.system_prompt), card.max_length, file).examples[: 2 * ROWS]
     if len(examples) < 2:
-        raise DataError(f"{file} has one row; wanted two at least: one to start by, one to judge the start by")
+        raise DataError(
+            f"{file} makes one row of {len(examples[0].input_ids):,} tokens; wanted two rows at least: one to start "
+            "by, one to judge the start by"
+        )
     return Data(file, source.sha256(), examples[::2], examples[1::2])
 
 
@@ -103,7 +108,11 @@ def _read_adapters(folders: Sequence[str]) -> list[Earlier]:
 
 
 def orthogonality(
-    earlier: Sequence[Earlier], model: nn.Module, methods: Mapping[str, Method], settings: OrthogonalToSettings
+    earlier: Sequence[Earlier],
+    model: nn.Module,
+    methods: Mapping[str, Method],
+    settings: OrthogonalToSettings,
+    progress: bool = False,
 ) -> Orthogonality | None:
     """That of new methods (by path) to earlier adapters, A at its start; None where there are none.
 
@@ -123,12 +132,20 @@ def orthogonality(
         "start": settings.orthogonal_start,
     }
     apart = Orthogonality(trained, read, settings.orthogonal_lambda, about)
-    room = _room(apart)
+    room = _room(apart, trained)
     data = [one.data for one in earlier if one.data]
+    others = strongest(model, [one.fitted for one in data], room, progress) if data else {}
+    if data and not others:
+        told = (
+            "--orthogonal-data: none of the layers that are trained here can be listened to (experts, embeddings and "
+        )
+        raise ConfigError(f"{told}heads cannot); leave it out")
     if settings.orthogonal_start:
-        apart.start_outside(strongest(model, [one.fitted for one in data], room) if data else None)
+        apart.start_outside(others)
+    for path in others.keys() - apart.methods.keys():  # no earlier adapter reads there: their data still comes by
+        start_outside(trained[path], [others[path]])
     if data:
-        apart.about["answered"] = answered(model, [one.held_out for one in data], apart.methods)
+        apart.about["answered"] = answered(model, [one.held_out for one in data], trained)
     return apart
 
 
@@ -169,12 +186,12 @@ def _read(adapter: Adapter, trained: Mapping[str, LoRA]) -> dict[str, Tensor]:
     return found
 
 
-def _room(apart: Orthogonality) -> dict[str, int]:
+def _room(apart: Orthogonality, trained: Mapping[str, LoRA]) -> dict[str, int]:
     """Path -> the directions that are left beside those that are read and r. Raises ConfigError where too few are."""
     faults: list[str] = []
     full, room = {}, {}
-    for path, method in apart.methods.items():
-        inputs, taken = method.a_RI.shape[-1], apart.taken(path)
+    for path, method in trained.items():
+        inputs, taken = method.a_RI.shape[-1], apart.taken(path) if path in apart.methods else 0
         room[path] = inputs - taken - method.rank
         if room[path] < 0:
             full[path] = f"{path} ({inputs} inputs, {taken} of them read, r {method.rank})"

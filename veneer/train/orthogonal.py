@@ -11,7 +11,7 @@ cut into passes and processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ def outside(a_RI: Tensor, basis_KI: Tensor) -> Tensor:
     rest_RI = wide_RI - (wide_RI @ basis_KI.mT) @ basis_KI
     lengths_R, left_R = (torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (wide_RI, rest_RI))
     return (rest_RI * (lengths_R / left_R.clamp_min(torch.finfo(torch.float64).tiny))).to(a_RI.dtype)
+
+
+def start_outside(method: LoRA, spaces: Sequence[Tensor]) -> None:
+    """Changes A to lie outside of these spaces, each given by orthonormal rows (K, I)."""
+    basis_KI = spaces[0] if len(spaces) == 1 else basis_of(torch.cat(list(spaces)))
+    method.a_RI.data.copy_(outside(method.a_RI.data.cpu(), basis_KI))
 
 
 class Orthogonality:
@@ -60,10 +66,8 @@ class Orthogonality:
     def start_outside(self, others: Mapping[str, Tensor] | None = None) -> None:
         """Changes A, before the first step, to lie outside of what is read, and of `others`, by path (K, I)."""
         for path, method in self.methods.items():
-            basis_KI = self.bases[path]
-            if others and path in others:
-                basis_KI = basis_of(torch.cat([basis_KI, others[path]]))
-            method.a_RI.data.copy_(outside(method.a_RI.data.cpu(), basis_KI))
+            more = [others[path]] if others and path in others else []
+            start_outside(method, [self.bases[path], *more])
         self.share_at_start = self.share()
 
     def taken(self, path: str) -> int:

@@ -56,13 +56,13 @@ def prepare(config: RunConfig, ranks: Ranks, loaded: Loaded | None = None, progr
     tokenizer = loaded.tokenizer if loaded else load_tokenizer(config.base_model)
     known = extended(tokenizer, config.lora.add_tokens).tokenizer if config.lora.add_tokens else tokenizer
     data = read_data(config, known)  # before the weights: a fault in the data shows at once
-    earlier = read_earlier(config.orthogonal, known, config.data.max_length)
+    earlier = read_earlier(config.orthogonal, tokenizer)
     dtype, device = _place(config)
     loaded = loaded or load(
         config.base_model, dtype, device, tokenizer=tokenizer, storage=config.storage, progress=progress
     )
     attach(loaded.model, config.lora, SLOT, seed=config.train.seed)
-    apart = orthogonality(earlier, loaded.model, methods_of(loaded.model, SLOT), config.orthogonal)
+    apart = orthogonality(earlier, loaded.model, methods_of(loaded.model, SLOT), config.orthogonal, progress)
     if config.train.fsdp:
         shard(loaded.model, ranks)
     _check_recompute(loaded.model, config.train.gradient_checkpointing)
@@ -150,9 +150,10 @@ def _apart(apart: Orthogonality | None) -> list[str]:
         f"{weight}: {overlap['at_start']:.2%} of A lies in what they read, "
         f"{overlap['of_random_factors']:.2%} would by chance"
     ]
-    if told.get("answered") is not None:
-        seen = f"on rows of their data that the start did not see, A answers {told['answered']:.2%} of what "
-        notes.append(f"{seen}random factors would")
+    if "answered" in told:
+        seen = f"on rows of their data that the start did not see, A answers {told['answered']['share']:.2%} of what "
+        where = f"{told['answered']['layers']} of {told['layers_trained']} layers"
+        notes.append(f"{seen}random factors would, in {where}")
     return notes
 
 

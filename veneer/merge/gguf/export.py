@@ -39,7 +39,7 @@ def export_adapter(settings: ConvertSettings, base_model: str) -> ConvertReport:
     notes = check_base(_without_copies(adapter), model, _fingerprint(source, model, tokenizer))
     cut, report = converted(adapter, settings.rank, settings.energy)
     with whole(output) as partial:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         write_adapter(partial, cut, model.config)
         told, base = _base_of(source)
         notes += told + write_modelfile(partial, base, tokenizer, adapter.card.system_prompt, f"./{FILE}")
