@@ -97,6 +97,9 @@ def test_rows_are_as_long_as_its_adapter_was_trained_or_as_asked(veneer: Callabl
 
     assert lengths() == [24, 1024]
     assert lengths("--max-length", "30") == [30, 30]
+    made = [json.loads((out / name / "veneer.json").read_text()) for name in ("d4", "d5")]
+    assert [card["training"]["options"] for card in made] == [{"max_length": 24}] * 2  # as far as it is known
+    assert "max_length: 30" in (out / "d5" / "recipe.yaml").read_text()
 
 
 def test_rows_at_fault_have_their_number_in_the_file_and_what_is_cut_is_told(
@@ -113,6 +116,31 @@ def test_rows_at_fault_have_their_number_in_the_file_and_what_is_cut_is_told(
     answer = veneer(*command, "--max-length", "17")
     assert answer.code == 0, answer.err
     assert "a.jsonl: 11 rows are cut at max_length 17: 35 tokens are left out" in answer.err, answer.err
+
+
+@pytest.mark.parametrize("method", ["linear", "regmean"])
+def test_rows_that_cannot_be_used_are_told_before_the_merge(
+    veneer: Callable[..., Any], out: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("merged before all rows were looked at")
+
+    monkeypatch.setattr("veneer.merge.from_folders.combine", never)
+    with (out / "b.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "Write", "completion": ""}) + "\n")
+    answer = veneer("merge", "a", "b", "--dataset", "a.jsonl", "b.jsonl", "--method", method, "-o", "d")
+    assert answer.code == 2 and "row 11" in answer.err, answer.err
+
+
+def test_names_with_commas_one_after_the_other(veneer: Callable[..., Any], out: Path) -> None:
+    for old, new in (("a", "co,a"), ("a.jsonl", "a,1.jsonl"), ("b.jsonl", "b,2.jsonl")):
+        (out / old).rename(out / new)
+    answer = veneer("merge", "co,a", "b", "--dataset", "a,1.jsonl", "b,2.jsonl", "-o", "d")
+    assert answer.code == 0, answer.err
+    again = veneer("merge", "d/recipe.yaml", "-o", "e")
+    assert again.code == 0, again.err
+    name = "adapter_model.safetensors"
+    assert (out / "d" / name).read_bytes() == (out / "e" / name).read_bytes()
 
 
 def test_the_best_single_adapter_is_best_over_all_files_and_named(veneer: Callable[..., Any], out: Path) -> None:
