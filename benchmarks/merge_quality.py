@@ -63,6 +63,9 @@ def main() -> None:
     if not multitask.DATA.is_dir():
         sys.exit(f"no data at {multitask.DATA}; set VENEER_DATA to the folder that holds multitask")
     held = json.loads(asked.output.read_text()) if asked.output.exists() else {}
+    if not all("held" in one for one in held.get("base", {}).values()):
+        print("what lies there has no scores of held-out rows: all is measured anew", file=sys.stderr)
+        held = {}
     experiment = Experiment(asked.tasks or multitask.names(), asked.adapters, held, time.monotonic() + asked.seconds)
     save = partial(record.save, asked.output.stem, experiment.result, asked.output.resolve().parent)
     try:

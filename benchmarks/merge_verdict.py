@@ -11,8 +11,9 @@ needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regre
 - half: the same of each adapter alone at half its weight, without the other;
 
 and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of 16 tasks,
-judged on pairs of the other 8. Told are AUC (may the pair be merged?), calibration, and what the verdict loses of the
-best choice's worth, beside always merging, always routing and always retraining.
+judged on pairs of the other 8. Told are AUC (may the pair be merged?), how often of two pairs the better one is told
+so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best choice's
+worth, beside always merging, always routing and always retraining (where pairs were retrained).
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ ROUTE, RETRAIN = 0.1, 0.2  # of the worse task's gain, what one would give up to
 LEFT_OUT, SPLITS, SEED = 8, 200, 0
 RIDGE = 1.0  # on standardised columns, beside one unit a pair
 BINS = 5
+DRAWS = 2000  # of the bootstrap
 GOOD = 0.9  # share of its gain from which on a task counts as kept
 GAIN = 0.02  # a task whose own adapter gains less has nothing to lose
 CHOICES = ("merge", "route", "retrain")
+MEASURED = ("rows", "half")  # what an older file lacks
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs that were merged: their tasks, worth of each choice (pairs, 3), and what foretells it, by name."""
+    """All pairs that were merged: their tasks, worth of each choice (pairs, 3; NaN where none was retrained), and what
+    foretells it, by name."""
 
     tasks: list[tuple[str, str]]
     worth: Array
@@ -68,14 +72,11 @@ def main() -> None:
 
 
 def read(held: Mapping[str, Any]) -> Pairs:
-    """From what was measured: every pair that was merged by MERGED. A pair that was not
-    retrained would keep what those keep that were, in the mean; without any, all."""
+    """From what was measured: every pair that was merged by MERGED."""
     merged = {tuple(name.split(JOINED)): found for name, found in sorted(held["pairs"].items()) if MERGED in found}
     tasks = list(merged)
     shares = [_worse(held, pair, found[MERGED]) for pair, found in merged.items()]
     joint = np.array([_worse(held, pair, found[JOINT]) if JOINT in found else np.nan for pair, found in merged.items()])
-    known = joint[~np.isnan(joint)]
-    joint[np.isnan(joint)] = known.mean() if len(known) else 1.0
     worth = np.stack([np.array(shares), np.full(len(tasks), 1 - ROUTE), joint - RETRAIN], axis=1)
     features = [held["features"][JOINED.join(pair)] for pair in tasks]
     names = [name for name in features[0] if name not in ("first", "second", "layers")]
@@ -91,20 +92,29 @@ def read(held: Mapping[str, Any]) -> Pairs:
 
 def by_method(held: Mapping[str, Any]) -> dict[str, Any]:
     """Of each way to make one adapter of two: what the worse task keeps of its gain, over the pairs that all ways made,
-    and in how many of them that is GOOD or more."""
+    in how many of them that is GOOD or more, and the difference to MERGED with its 95 % interval over tasks."""
     made = [set(found) for found in held["pairs"].values()]
     names = sorted(set.union(*made), key=lambda name: (name != MERGED, name)) if made else []
     common = [pair for pair, found in held["pairs"].items() if all(name in found for name in names if name != JOINT)]
+    tasks = sorted({task for pair in common for task in pair.split(JOINED)})
+    draws = np.random.default_rng(SEED).multinomial(len(tasks), np.full(len(tasks), 1 / len(tasks)), size=DRAWS)
+    each: dict[str, dict[str, float]] = {
+        name: {p: _worse(held, p.split(JOINED), held["pairs"][p][name]) for p in common if name in held["pairs"][p]}
+        for name in names
+    }
     result = {}
-    for name in names:
-        kept = np.array(
-            [_worse(held, p.split(JOINED), held["pairs"][p][name]) for p in common if name in held["pairs"][p]]
-        )
+    for name, found in each.items():
+        kept = np.array(list(found.values()))
+        less = np.array([share - each[MERGED][pair] for pair, share in found.items()])
+        places = np.array([[tasks.index(task) for task in pair.split(JOINED)] for pair in found])
+        weights = draws[:, places[:, 0]] * draws[:, places[:, 1]]  # of each pair when tasks are drawn anew
+        low, high = np.nanpercentile((weights @ less) / np.maximum(weights.sum(1), 1), [2.5, 97.5])
         result[name.replace(" ", "_")] = {
             "pairs": len(kept),
             "kept": round(float(kept.mean()), 4),
             "median": round(float(np.median(kept)), 4),
             "good": round(float((kept >= GOOD).mean()), 4),
+            "less_linear": {"score": round(float(less.mean()), 4), "low": round(low, 4), "high": round(high, 4)},
         }
     return result
 
@@ -133,27 +143,33 @@ def judged(pairs: Pairs) -> dict[str, Any]:
     """Each predictor over all splits, and what never looks."""
     draw = random.Random(SEED)
     names = sorted({task for pair in pairs.tasks for task in pair})
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, *CHOICES)}
+    retrained = ~np.isnan(pairs.worth[:, 2])
+    choices = CHOICES if retrained.sum() > len(pairs.tasks) // 10 else CHOICES[:2]  # too few say nothing
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, *choices)}
     for _ in range(SPLITS):
         out = set(draw.sample(names, min(LEFT_OUT, len(names) // 3)))
         fit = np.array([not out & set(pair) for pair in pairs.tasks])
         test = np.array([out >= set(pair) for pair in pairs.tasks])
         if not (fit.sum() > 2 and test.any()):
             continue
-        retrain = float(pairs.worth[fit, 2].mean())
+        worth = pairs.worth[:, : len(choices)].copy()
+        if len(choices) == 3:  # what a pair that was not retrained would keep: as those of the other tasks that were
+            worth[np.isnan(worth[:, 2]), 2] = np.nanmean(worth[fit, 2])
+        usual = worth[fit].mean(0)
         for name, columns in pairs.columns.items():
-            told = foretold(columns[fit], pairs.worth[fit, 0], columns[test])
-            choice = np.stack([told, pairs.worth[test, 1], np.full(len(told), retrain)], axis=1).argmax(1)
-            found[name].append({"told": told, "worth": pairs.worth[test], "choice": choice})
-        for place, name in enumerate(CHOICES):
-            found[name].append({"worth": pairs.worth[test], "choice": np.full(int(test.sum()), place)})
-    counted = {name: float((pairs.worth.argmax(1) == place).mean()) for place, name in enumerate(CHOICES)}
+            told = foretold(columns[fit], worth[fit, 0], columns[test])
+            known = np.stack([told, *(np.full(len(told), one) for one in usual[1:])], axis=1)
+            found[name].append({"told": told, "usual": usual[0], "worth": worth[test], "choice": known.argmax(1)})
+        for place, name in enumerate(choices):
+            found[name].append({"worth": worth[test], "choice": np.full(int(test.sum()), place)})
     return {
         "pairs": len(pairs.tasks),
         "tasks": len(names),
         "splits": len(found["merge"]),
         "prices": {"route": ROUTE, "retrain": RETRAIN},
-        "best_choice": counted,
+        "retrained": int(retrained.sum()),
+        "to_merge": int((pairs.worth[:, 0] > 1 - ROUTE).sum()),
+        "not_measured": [name for name in MEASURED if name not in pairs.columns],
         "predictors": {name: summed(splits) for name, splits in found.items()},
     }
 
@@ -168,18 +184,35 @@ def foretold(x_PC: Array, y_P: Array, new_QC: Array) -> Array:
 
 
 def summed(splits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """AUC and calibration where something was foretold, the loss beside the best choice, how often each was chosen."""
+    """What was lost beside the best choice, how often each was chosen; and of what was foretold: AUC (the mean over the
+    splits in which some pairs are to be merged and some are not), concordance with the share, squared error beside
+    that of the mean of all pairs, calibration."""
     worth, choice = (np.concatenate([split[name] for split in splits]) for name in ("worth", "choice"))
     lost = worth.max(1) - worth[np.arange(len(worth)), choice]
     chosen = {name: round(float((choice == place).mean()), 4) for place, name in enumerate(CHOICES)}
     found: dict[str, Any] = {"lost": round(float(lost.mean()), 4), "chosen": chosen}
-    if "told" in splits[0]:
-        each = [auc(split["told"], split["worth"].argmax(1) == 0) for split in splits]
-        told = np.concatenate([split["told"] for split in splits])
-        known = [one for one in each if not np.isnan(one)]
-        found["auc"] = round(float(np.mean(known)), 4) if known else None
-        found["calibration_error"] = round(calibration(told, worth[:, 0]), 4)
-    return found
+    if "told" not in splits[0]:
+        return found
+    told, share = np.concatenate([split["told"] for split in splits]), worth[:, 0]
+    usual = np.concatenate([np.full(len(split["told"]), split["usual"]) for split in splits])
+    each = [auc(split["told"], split["worth"].argmax(1) == 0) for split in splits]
+    both = [one for one in each if not np.isnan(one)]
+    agreed, compared = np.sum([concordance(split["told"], split["worth"][:, 0]) for split in splits], axis=0)
+    return found | {
+        "auc": round(float(np.mean(both)), 4) if both else None,
+        "auc_splits": len(both),
+        "concordance": round(float(agreed / compared), 4) if compared else None,
+        "squared_error": round(float(((told - share) ** 2).mean() / ((usual - share) ** 2).mean()), 4),
+        "calibration_error": round(calibration(told, share), 4),
+    }
+
+
+def concordance(told: Array, share: Array) -> tuple[float, int]:
+    """Of two pairs that keep different shares: how often more was told of the better one, and how many there are."""
+    one, other = np.triu_indices(len(share), 1)
+    differ = share[one] != share[other]
+    agreed = (np.sign(told[one] - told[other]) * np.sign(share[one] - share[other]) + 1) / 2
+    return float(agreed[differ].sum()), int(differ.sum())
 
 
 def auc(told: Array, right: Array) -> float:
@@ -198,20 +231,27 @@ def calibration(told: Array, share: Array) -> float:
 
 def methods_table(found: Mapping[str, Any]) -> list[str]:
     """A row for each way, the best first."""
-    lines = [f"{'made by':<12} {'pairs':>5} {'kept':>6} {'median':>7} {'good':>6}"]
+    lines = [f"{'made by':<12} {'pairs':>5} {'kept':>6} {'median':>7} {'good':>6}  {'less linear 1/2':>20}"]
     for name, one in sorted(found.items(), key=lambda item: -item[1]["kept"]):
-        lines.append(f"{name:<12} {one['pairs']:>5} {one['kept']:>6.1%} {one['median']:>7.1%} {one['good']:>6.1%}")
+        less = one["less_linear"]
+        sure = f"{less['score']:+.2f} [{less['low']:+.2f}, {less['high']:+.2f}]"
+        lines.append(
+            f"{name:<12} {one['pairs']:>5} {one['kept']:>6.1%} {one['median']:>7.1%} {one['good']:>6.1%}  {sure:>20}"
+        )
     return lines
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """A row for each predictor, the best first."""
-    lines = [f"{'told by':<10} {'AUC':>6} {'off by':>7} {'lost':>7}   merged, routed, retrained"]
+    lines = [
+        f"{'told by':<10} {'AUC':>6} {'concord':>8} {'error':>6} {'off by':>7} {'lost':>7}   merge, route, retrain"
+    ]
     for name, one in sorted(result["predictors"].items(), key=lambda item: item[1]["lost"]):
-        score = f"{one['auc']:.3f}" if one.get("auc") is not None else "-"
-        off = f"{one['calibration_error']:.3f}" if "calibration_error" in one else "-"
+        figures = [one.get(name) for name in ("auc", "concordance", "squared_error", "calibration_error")]
+        score, agreed, error, off = ("-" if one is None else f"{one:.3f}" for one in figures)
         chosen = ", ".join(f"{share:.0%}" for share in one["chosen"].values())
-        lines.append(f"{name:<10} {score:>6} {off:>7} {one['lost']:>7.4f}   {chosen}")
+        lines.append(f"{name:<10} {score:>6} {agreed:>8} {error:>6} {off:>7} {one['lost']:>7.4f}   {chosen}")
+    lines += [f"{name}: not measured" for name in result["not_measured"]]
     return lines
 
 

@@ -31,9 +31,11 @@ def test_what_foretells_wins_and_noise_does_not() -> None:
     assert 0.35 < found["cosine"]["auc"] < 0.65
     assert found["rows"]["lost"] < min(found[name]["lost"] for name in ("cosine", "merge", "route", "retrain"))
     assert found["rows"]["calibration_error"] < 0.05
+    assert found["rows"]["concordance"] > 0.95 and found["rows"]["squared_error"] < 0.1
+    assert 0.4 < found["cosine"]["concordance"] < 0.6 and found["cosine"]["squared_error"] > 0.95
     assert found["merge"]["chosen"] == {"merge": 1.0, "route": 0.0, "retrain": 0.0}
     lines = table(judged(_pairs()))
-    assert lines[1].split()[0] == "rows" and len(lines) == 6
+    assert lines[1].split()[0] == "rows" and lines[-1] == "half: not measured" and len(lines) == 7
 
 
 def test_a_task_that_is_judged_was_not_fitted_on() -> None:
@@ -75,10 +77,24 @@ def test_what_was_measured_is_read() -> None:
     }
     pairs = read(held)
     assert pairs.tasks == [("a", "b")]
-    np.testing.assert_allclose(pairs.worth, [[0.2, 1 - merge_verdict.ROUTE, 1 - merge_verdict.RETRAIN]])
+    np.testing.assert_allclose(pairs.worth, [[0.2, 1 - merge_verdict.ROUTE, np.nan]])
     assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
     np.testing.assert_allclose(pairs.columns["rows"], [[0.5, 0.9]])
     np.testing.assert_allclose(pairs.columns["half"], [[0.5, 1.0]])
     methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
-    assert methods == {"linear_1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0}}
-    assert methods_table(methods)[1].split() == ["linear_1/2", "1", "20.0%", "20.0%", "0.0%"]
+    same = {"score": 0.0, "low": 0.0, "high": 0.0}
+    assert methods == {"linear_1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0, "less_linear": same}}
+    assert methods_table(methods)[1].split()[:5] == ["linear_1/2", "1", "20.0%", "20.0%", "0.0%"]
+
+
+def test_a_choice_that_nobody_tried_is_left_out() -> None:
+    pairs = _pairs()
+    pairs.worth[:, 2] = np.nan
+    found = judged(pairs)
+    assert "retrain" not in found["predictors"] and found["retrained"] == 0
+    assert found["predictors"]["rows"]["lost"] < 0.01
+
+
+def test_concordance() -> None:
+    assert merge_verdict.concordance(np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.2])) == (2.0, 2)
+    assert merge_verdict.concordance(np.array([1.0, 1.0]), np.array([0.1, 0.2])) == (0.5, 1)

@@ -19,6 +19,8 @@ from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.config.merging import data_methods
 from veneer.evaluate.merged import labels_of
+from veneer.evaluate.metrics import LIKELIHOOD
+from veneer.merge.on_base import OF_TOKENS
 from veneer.model.load import load
 
 DATA_METHODS = data_methods()
@@ -141,6 +143,18 @@ def test_names_with_commas_one_after_the_other(veneer: Callable[..., Any], out: 
     assert again.code == 0, again.err
     name = "adapter_model.safetensors"
     assert (out / "d" / name).read_bytes() == (out / "e" / name).read_bytes()
+    (out / "own.yaml").write_text("adapters: [co,a]\nweights: [1]\n".replace("[co,a]", "'co,a'"))
+    assert veneer("merge", "own.yaml", "-o", "f").code == 0
+
+
+def test_a_list_in_json_and_another_word(veneer: Callable[..., Any], out: Path) -> None:
+    answer = veneer("merge", '["a"]', "b", "-o", "d", "--json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["adapters"] == ["a", "b"]
+
+
+def test_metrics_of_tokens_are_those_of_an_evaluation() -> None:
+    assert set(LIKELIHOOD) == OF_TOKENS
 
 
 def test_the_best_single_adapter_is_best_over_all_files_and_named(veneer: Callable[..., Any], out: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veneer.config import ChatSettings, DataSettings, LoraSettings, RunConfig, TrainSettings
-from veneer.config.values import split_dict, split_list
+from veneer.config.values import LONGEST_ROW, split_dict, split_files, split_list
 from veneer.errors import ConfigError
 
 WORDS = st.from_regex(r"[a-z_.]{1,8}", fullmatch=True)
@@ -28,6 +28,14 @@ def test_what_exists_under_its_whole_name_is_one_file(tmp_path: Path) -> None:
     assert RunConfig.from_flat(options).data.datasets == [str(tmp_path / "a"), "b.jsonl"]
     odd.touch()
     assert RunConfig.from_flat(options).data.datasets == [str(odd)]
+    pinned = f"{odd}@sha256:{'0' * 64}"
+    assert split_files(pinned) == [pinned]
+
+
+def test_no_row_is_longer_than_an_adapter_can_say() -> None:
+    assert RunConfig.from_flat({**GIVEN, "max_length": LONGEST_ROW}).data.max_length == LONGEST_ROW
+    with pytest.raises(ConfigError, match="max_length"):
+        RunConfig.from_flat({**GIVEN, "max_length": LONGEST_ROW + 1})
 
 
 @given(st.dictionaries(WORDS, st.integers(1, 99)))

@@ -29,10 +29,12 @@ from veneer.errors import ConfigError
         (
             MergeSettings,
             {"adapters": "a", "output": "o.gguf", "into_base": True},
-            "output is a folder: give o( and format gguf)?, ",
+            "give o; add format gguf",
         ),
         (MergeSettings, {"adapters": "a,b", "output": "o", "max_length": 9}, "max_length: with dataset only"),
-        (ConvertSettings, {"adapter": "a", "output": "x/o.GGUF/"}, "output is a folder: give x/o and to gguf"),
+        (MergeSettings, {"adapters": "a,b", "output": "o.gguf"}, "give o; then veneer convert it to gguf"),
+        (ConvertSettings, {"extract": "m", "base_model": "b", "rank": 4, "output": "o.gguf"}, "give o; then"),
+        (ConvertSettings, {"adapter": "a", "output": "x/o.GGUF/"}, "give x/o; add to gguf"),
         (EvalSettings, {"harness": "x", "base_model": "m", "max_length": 9}, "max_length"),
     ],
 )

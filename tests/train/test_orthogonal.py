@@ -26,7 +26,7 @@ from veneer.methods.lora import LoRA
 from veneer.train import run
 from veneer.train.dry_run import dry_run
 from veneer.train.earlier import Earlier, orthogonality
-from veneer.train.orthogonal import Orthogonality, basis_of, outside
+from veneer.train.orthogonal import Orthogonality, basis_of, outside, start_outside
 
 Config = Callable[..., RunConfig]
 WEIGHTS = "adapter_model.safetensors"
@@ -117,8 +117,8 @@ def test_experts_that_read_less_than_others_are_told_apart() -> None:
     torch.testing.assert_close(term, a_ERI[0, :, :3].square().sum() + a_ERI[1, :, :1].square().sum())
     assert torch.equal(method.a_RI.grad[1, :, 1:], torch.zeros(2, 7, dtype=torch.float64))
     assert made.chance == pytest.approx(2 / 8)
-    made.start_outside()
-    assert made.share_at_start < 1e-12
+    start_outside(method, [made.bases["x"]])
+    assert made.share() < 1e-12
 
 
 # --- a job ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from veneer.adapter.faults import json_faults, method_faults, module_faults, tensor_faults
+from veneer.adapter.faults import json_faults, method_faults, module_faults, tensor_faults, training_faults
 from veneer.adapter.files import Unreadable, escaped, parse_object, read_whole, write_folder
 from veneer.adapter.formats import JSON_LIMIT, PeftFolder, read_peft, write_peft
 from veneer.adapter.peft_vocabulary import COPIES, EMBEDDINGS, ROWS, vocabulary_faults
@@ -31,7 +31,6 @@ from veneer.model.fingerprint import Fingerprint
 
 CARD = "veneer.json"
 FORMAT = 1
-LONGEST_ROW = 2**24  # tokens: more than any model reads
 Made = TypeVar("Made")
 _FAULTS = 40  # told one by one
 
@@ -120,13 +119,7 @@ class Card:
             base = None if base is None else Fingerprint.from_json(base)
         except ModelError as error:
             faults.append(f"base: {error}")
-        options = value.get("training", {}).get("options", {}) if not faults else {}
-        if not isinstance(options, dict) or not isinstance(options.get("system_prompt"), (str, type(None))):
-            faults.append("training.options: wanted an object whose system_prompt, if any, is text")
-        elif not _is_length(options.get("max_length")):
-            faults.append(f"training.options: max_length is {options['max_length']!r:.80}, wanted a number of tokens")
-        elif not _are_columns(options.get("columns")):
-            faults.append(f"training.options: columns are {options['columns']!r:.80}, wanted text by text")
+        faults += [] if faults else training_faults(value.get("training", {}))
         if faults:
             next_step = "Restore it, or delete it to load without a card."
             raise AdapterError(listed(f"{CARD} is not understood:", faults, next_step))
@@ -278,15 +271,6 @@ def _recordable(value: Any) -> Any:
     if isinstance(value, numbers.Integral):  # numpy's too
         return int(value)
     return float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else str(value)
-
-
-def _is_length(value: Any) -> bool:
-    """Whether a card may say that of the longest row; None: it does not."""
-    return value is None or (type(value) is int and 1 <= value <= LONGEST_ROW)
-
-
-def _are_columns(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(isinstance(one, str) for one in value.values()))
 
 
 def _try(faults: list[str], make: Callable[[], Made]) -> Made | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.config.values import LONGEST_ROW
 from veneer.methods import METHODS
 
 SHOWN = 8  # places named in one fault; the rest is counted
@@ -52,6 +53,19 @@ def finite(tensor: Tensor) -> bool:
 def overflows(a: Tensor, b: Tensor) -> bool:
     """Whether the largest values could add up to more than float32 holds: no update is that large."""
     return a.abs().max().item() * b.abs().max().item() * len(a) > _FLOAT32_MAX
+
+
+def training_faults(training: Mapping[str, Any]) -> list[str]:
+    """Whether what a card says of how rows were read can be followed."""
+    options = training.get("options", {})
+    if not isinstance(options, dict) or not isinstance(options.get("system_prompt"), (str, type(None))):
+        return ["training.options: wanted an object whose system_prompt, if any, is text"]
+    faults, length, columns = [], options.get("max_length"), options.get("columns")
+    if length is not None and not (type(length) is int and 1 <= length <= LONGEST_ROW):
+        faults.append(f"training.options: max_length is {length!r:.80}, wanted 1 to {LONGEST_ROW:,} tokens")
+    if columns is not None and not (isinstance(columns, dict) and all(isinstance(c, str) for c in columns.values())):
+        faults.append(f"training.options: columns are {columns!r:.80}, wanted text by text")
+    return faults
 
 
 def method_faults(method: str) -> list[str]:

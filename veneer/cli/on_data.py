@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "loss in nats per token, changes with 95 % intervals over rows; alone: of each adapter, less the base; A + B, "
-    "A/2 + B/2: less A alone; kept: of what A gained, the share that A/2 + B/2 keeps; writes: "
+    "A/2 + B/2: less A alone; kept: of what A surely gained, the share that "
+    "A/2 + B/2 keeps; writes: "
     "Σ‖ΔW_B x‖² / Σ‖ΔW_A x‖² on A's data, mean over the layers of both; cosine: of the two outputs"
 )
 

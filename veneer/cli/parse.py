@@ -140,7 +140,9 @@ class _Line:
             self.faults.append(self._unknown(name))
         elif option.name not in self.options:
             self.options[option.name] = value
-        elif option.kind in ("list", "dict"):
+        elif option.kind == "dict":
+            self.options[option.name] += "," + value
+        elif option.kind == "list":
             self.options[option.name] = _joined(self.options[option.name], value)
         elif self.options[option.name] != value:
             self.faults.append(f"{kebab(option.name)} is given twice: {self.options[option.name]} and {value}")
@@ -188,9 +190,10 @@ def _starts_something_else(word: str) -> bool:
 
 
 def _joined(given: str, more: str) -> str:
-    """Two words of one list as one; in JSON where a comma is part of a name."""
+    """Two words of one list as one; in JSON where either is, or where a comma is part of a name."""
     names = [name for word in (given, more) for name in files_named(word)]
-    return json.dumps(names) if any("," in name for name in names) else f"{given},{more}"
+    in_json = any(word.lstrip().startswith("[") for word in (given, more))
+    return json.dumps(names) if in_json or any("," in name for name in names) else f"{given},{more}"
 
 
 def _is_number(word: str) -> bool:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veneer.config.adapters import ConvertSettings, MergeSettings, read_recipe
     from veneer.config.aliases import ADVICE, ALIASES, SHORTHANDS
+    from veneer.config.data import DataSettings
     from veneer.config.files import dump_yaml, read_yaml, write_yaml
     from veneer.config.options import Option, options_of
-    from veneer.config.run import DataSettings, HubSettings, LoraSettings, ReportingSettings, RunConfig, TrainSettings
+    from veneer.config.run import HubSettings, LoraSettings, ReportingSettings, RunConfig, TrainSettings
     from veneer.config.settings import Settings, read
     from veneer.config.storage import SWITCHES, StorageSettings
     from veneer.config.verbs import (
@@ -69,7 +70,8 @@ _HOMES = {
     "aliases": "ADVICE ALIASES SHORTHANDS",
     "files": "dump_yaml read_yaml write_yaml",
     "options": "Option options_of",
-    "run": "DataSettings HubSettings LoraSettings ReportingSettings RunConfig TrainSettings",
+    "data": "DataSettings",
+    "run": "HubSettings LoraSettings ReportingSettings RunConfig TrainSettings",
     "settings": "Settings read",
     "storage": "SWITCHES StorageSettings",
     "verbs": "BaseSettings ChatSettings DecodingSettings DemoSettings EvalSettings GenerateSettings InspectSettings "

@@ -10,11 +10,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from veneer.config.data import RowSettings
 from veneer.config.files import read_yaml
 from veneer.config.merging import OPTIONS, SETTINGS, CutSettings, MethodOptions, data_methods, methods_with, spelt
 from veneer.config.options import options_of
-from veneer.config.run import RowSettings
-from veneer.config.values import FilesInOrder, Folder, Folders, Metavar, ModelName, Names, Positive, Weights, split_list
+from veneer.config.values import (
+    FilesInOrder,
+    Folder,
+    Folders,
+    Metavar,
+    ModelName,
+    Names,
+    Positive,
+    Weights,
+    split_files,
+)
 from veneer.config.verbs import BaseSettings
 from veneer.errors import nearest
 
@@ -90,11 +100,12 @@ class MergeSettings(MethodOptions, BaseSettings, RowSettings):
             faults.append("`load_in_4bit`: a GGUF is written dense; leave it out, and use llama.cpp's llama-quantize")
         if self.force and self.storage == "dense":
             faults.append("`force` is for `load_in_4bit`")
-        return faults + _file_names(self.output, "" if self.format == "gguf" else "`format` gguf")
+        return faults + _file_names(self.output, "" if self.format == "gguf" else "add `format` gguf")
 
     def _faults(self) -> list[str]:
         idle = [name for name in _OF_BASE if name in self.model_fields_set]
         faults = self._data_faults() + ([f"{_listed(idle)}: for `into_base` only"] if idle else [])
+        faults += _file_names(self.output, "then veneer convert it `to` gguf")
         if len(self.adapters) == 1 and not self.model_fields_set & {"method", "weights"}:
             faults.append("one adapter alone: add `into_base`, or name more; to compress it: veneer convert IN OUT")
         if self.weights is not None and len(self.weights) != len(self.adapters):
@@ -151,7 +162,7 @@ class ConvertSettings(CutSettings):
         of_extract = ("force",) if self.to == "gguf" else ("base_model", "force")
         idle = [name for name in of_extract if name in self.model_fields_set]
         faults = [f"{_listed(idle)}: for `extract` only"] if idle else []
-        faults += _file_names(self.output, "" if self.to == "gguf" else "`to` gguf")
+        faults += _file_names(self.output, "" if self.to == "gguf" else "add `to` gguf")
         return faults if self.adapter else [*faults, "nothing to convert: name an adapter folder, or give `extract`"]
 
     def _extract_faults(self) -> list[str]:
@@ -162,16 +173,15 @@ class ConvertSettings(CutSettings):
             faults.append("`extract` needs `base_model`: the model that the tuned one was made from")
         if self.rank is None and self.energy is None:
             faults.append("`extract` needs `rank`, or `energy`: how much of the difference to keep")
-        return faults
+        return faults + _file_names(self.output, "then veneer convert it `to` gguf")
 
 
 def _file_names(output: str, how: str) -> list[str]:
-    """A fault where `output` is called like a file for llama.cpp; `how`: the options that write one, or none."""
+    """A fault where `output` is called like a file for llama.cpp; `how` one comes about, if not by what was asked."""
     folder, ending = os.path.splitext(output.rstrip("/"))
     if ending.lower() != ".gguf":
         return []
-    more = f" and {how}, which writes a .gguf into it" if how else ", in which the .gguf lies"
-    return [f"`output` is a folder: give {folder}{more}"]
+    return [f"`output` is a folder, in which a .gguf may lie: give {folder}{f'; {how}' if how else ''}"]
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -182,8 +192,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         option = known.get(key.replace("-", "_"))
         if option and option.name == "output" and isinstance(value, str):
             options[key] = os.path.join(folder, value)
-        elif option and option.name in ("adapters", "dataset") and isinstance(found := split_list(value), list):
-            options[key] = [_beside(folder, one) if isinstance(one, str) else one for one in found]
+        elif option and option.name in ("adapters", "dataset"):
+            found = split_files(value, str(folder))
+            some = isinstance(found, list)
+            options[key] = [_beside(folder, one) if isinstance(one, str) else one for one in found] if some else found
         elif option and option.name == "base_model" and str(value).startswith(("./", "../")):
             options[key] = os.path.join(folder, value)
     return options

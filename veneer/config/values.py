@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,9 +29,11 @@ def split_list(value: Any) -> Any:
     return _json(value, list) if value.lstrip().startswith("[") else [v.strip() for v in value.split(",") if v.strip()]
 
 
-def split_files(value: Any) -> Any:
-    """As `split_list`; but what exists under its whole name is one file or folder, commas and all."""
-    return [value] if isinstance(value, str) and os.path.exists(value) else split_list(value)
+def split_files(value: Any, folder: str = "") -> Any:
+    """As `split_list`; but what exists under its whole name is one file or folder, commas and all, pinned or not."""
+    if isinstance(value, str) and os.path.exists(os.path.join(folder, PIN.sub("", value))):
+        return [value]
+    return split_list(value)
 
 
 def files_named(text: str) -> list[str]:
@@ -144,8 +147,11 @@ def _counts(value: Any) -> Any:
     return [None if one in ("none", "all") else one for one in found] if isinstance(found, list) else found
 
 
+PIN = re.compile(r"@sha256:[0-9a-f]{64}$")  # which one it has to be, behind a name
 MAX_LENGTH = 1024  # tokens of a row, where nothing else is asked for
+LONGEST_ROW = 2**24  # tokens: more than any model reads
 Positive = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=1, le=LONGEST_ROW)]
 Text = Annotated[str, Metavar("TEXT")]
 File = Annotated[str, Field(min_length=1), Metavar("FILE")]
 Files = Annotated[File | list[File], BeforeValidator(_one_or_list), Metavar("FILE ...")]

@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from veneer.config.run import ColumnSettings, HubNameSettings, RowSettings
+from veneer.config.data import ColumnSettings, RowSettings
+from veneer.config.run import HubNameSettings
 from veneer.config.settings import Settings
 from veneer.config.storage import StorageSettings
 from veneer.config.values import (
@@ -18,6 +19,7 @@ from veneer.config.values import (
     FilesInOrder,
     Folder,
     Folders,
+    Length,
     Metavar,
     ModelName,
     Names,
@@ -190,7 +192,7 @@ class PreviewSettings(ColumnSettings):
         description="whose tokenizer and chat template: hub id, folder, GGUF file, or smollm2"
     )
     n: int = Field(default=3, ge=0, description="rows to show")
-    max_length: Positive = Field(
+    max_length: Length = Field(
         default=MAX_LENGTH, description="longest row in tokens; what is beyond is cut and counted"
     )
     system_prompt: Text | None = Field(default=None, description="put before every conversation that has none")

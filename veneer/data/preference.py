@@ -66,13 +66,12 @@ def chosen_alone(row: Mapping[str, Any]) -> str:
     return f"--columns {'messages' if whole and row['chosen'][0].get('role') != 'assistant' else 'completion'}=chosen"
 
 
-def refuse_pairs(rows: Sequence[Mapping[str, Any]], name: str, why: str) -> None:
-    """Raises DataError where these are preference pairs; `why` goes on after `which`."""
+def refuse_pairs(rows: Sequence[Mapping[str, Any]], name: str, why: str, next_step: str | None = None) -> None:
+    """Raises DataError where these are preference pairs; `why` goes on after `which`. Without another next step, one
+    side is to be named."""
     if is_preference(rows):
-        raise DataError(
-            f"{name} holds preference pairs, `chosen` and `rejected`, which {why}. Next: name one side, "
-            f"{chosen_alone(rows[0])}."
-        )
+        told = next_step or f"name one side, {chosen_alone(rows[0])}"
+        raise DataError(f"{name} holds preference pairs, `chosen` and `rejected`, which {why}. Next: {told}.")
 
 
 def encode_pairs(rows: Sequence[Mapping[str, Any]], template: Template, max_length: int, path: str) -> EncodedPairs:

@@ -104,7 +104,7 @@ def compare_merged(
                 one.held_out,
                 slots=slots,
                 metrics=metrics,
-                max_length=one.max_length or adapter.card.max_length,
+                max_length=one.max_length,
                 system_prompt=adapter.card.system_prompt,
                 where=f"{one.name} (of {label})",
                 progress=progress,

@@ -33,8 +33,8 @@ class Beside:
 
     loss, change: of `other` alone, and less the base's. summed, summed_change: of A + other, and less that of A alone;
     halved, halved_change: the same of A/2 + other/2. kept: of what A gained on the base, the share that A/2 + other/2
-    keeps; None where A gained nothing, below 0 where the base does better. functional: what `other` writes there
-    beside A.
+    keeps; None where no gain is told apart from none, below 0 where the base does better. functional: what `other`
+    writes there beside A.
     """
 
     other: int
@@ -195,9 +195,10 @@ class _Speakers:
         return self._known[slot]
 
 
-def _kept(base: Score, own: Score, merged: Score) -> float | None:
-    gain = base.score - own.score
-    return (base.score - merged.score) / gain if gain > 0 else None
+def _kept(base: Score, change: Score, merged: Score) -> float | None:
+    if change.high is None or change.high >= 0:
+        return None
+    return (merged.score - base.score) / change.score
 
 
 def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -> OnFile:
@@ -216,7 +217,7 @@ def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -
                 summed_change=sum_changes[summed],
                 halved=sums[halved],
                 halved_change=sum_changes[halved],
-                kept=_kept(base, losses[own], sums[halved]),
+                kept=_kept(base, changes[own], sums[halved]),
                 functional=found,
             )
         )

@@ -84,8 +84,8 @@ def _losses(found: Sequence[OnFile], names: Sequence[str]) -> str:
         for each in one.beside
     ]
     says = (
-        "Nats per token, with 95 % intervals of changes over rows; kept: of what A gained on the base, the share that "
-        "A/2 + B/2 keeps; cosine: of what A and B write on A's data."
+        "Nats per token, with 95 % intervals of changes over rows; kept: of what A surely gained on the base, the "
+        "share that A/2 + B/2 keeps; cosine: of what A and B write on A's data."
     )
     return f'<section><h2>Losses</h2>{table(heads, rows)}<p class="small">{says}</p></section>'
 

@@ -19,14 +19,14 @@ class ParentRows:
     """Of one parent's file.
 
     path: as it was given. sha256: of the file. rows: all of them. fitting: whether the method reads data. max_length:
-    of a row in tokens, None: as its adapter was trained.
+    of a row in tokens.
     """
 
     path: str
     sha256: str
     rows: Sequence[Row]
     fitting: bool
-    max_length: int | None = None
+    max_length: int
 
     @property
     def fitted(self) -> Sequence[Row]:
@@ -44,18 +44,18 @@ class ParentRows:
         return self.path if self.path.startswith("hub:") else Path(self.path).name
 
 
-def read_rows(settings: MergeSettings, fitting: bool) -> list[ParentRows]:
+def read_rows(settings: MergeSettings, fitting: bool, lengths: Sequence[int]) -> list[ParentRows]:
     """The file of every parent. Raises DataError with each that cannot be read or holds other data than it should.
 
+    lengths: of each parent's rows in tokens at most, where the settings name none.
     fitting: the method reads data, so that every other row, from the first on, is its own and no row judges it that
     it has read. Without, all rows are held out.
     """
-    return read_several(
-        map(named, settings.dataset), lambda one: _read(one, settings, fitting), "These data files cannot be used:"
-    )
+    each = zip(map(named, settings.dataset), lengths, strict=True) if settings.dataset else ()
+    return read_several(each, lambda one: _read(*one, settings, fitting), "These data files cannot be used:")
 
 
-def _read(one: Named, settings: MergeSettings, fitting: bool) -> ParentRows:
+def _read(one: Named, length: int, settings: MergeSettings, fitting: bool) -> ParentRows:
     source = read_source(one.path, settings.columns, settings.limit)
     sha256, rows = source.sha256(), source.rows
     if one.identity not in (None, sha256):
@@ -67,4 +67,4 @@ def _read(one: Named, settings: MergeSettings, fitting: bool) -> ParentRows:
     if len(rows) < 1 + fitting:
         wanted = "two rows at least: one to read, one to judge by" if fitting else "one row at least"
         raise DataError(f"{one.path} has {len(rows)} rows; wanted {wanted}")
-    return ParentRows(one.path, sha256, rows, fitting, settings.max_length)
+    return ParentRows(one.path, sha256, rows, fitting, settings.max_length or length)

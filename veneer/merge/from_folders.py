@@ -48,11 +48,9 @@ def merge_folders(
     output, given = free(settings.output), [named(text) for text in settings.adapters]
     weights = settings.weights or [1 / len(given)] * len(given)
     recipe = Recipe(settings.method, tuple(weights), settings.method_options())
-    rows = read_rows(settings, recipe.reads_data)
     adapters, names = _read(given, progress), [one.path for one in given]
     check_parents(adapters, names)  # before a base is loaded for them
-    of_cards = zip(rows, adapters, strict=bool(rows))
-    rows = [replace(one, max_length=one.max_length or adapter.card.max_length) for one, adapter in of_cards]
+    rows = read_rows(settings, recipe.reads_data, [adapter.card.max_length for adapter in adapters])
     on_base = put_on_base(settings, base, adapters, names, rows) if rows else None
     merged, report = combine(adapters, recipe, progress, names, on_base)
     made = {
@@ -119,7 +117,7 @@ def _data(settings: MergeSettings, loaded: Loaded, rows: Sequence[ParentRows], o
         base = os.path.join(".", relative(base, output))
     # What was found out stands there as if it had been given: another machine may find something else.
     given |= {"base_model": base, "dtype": str(loaded.model.dtype).removeprefix("torch.")}
-    if len(lengths := {one.max_length for one in rows}) == 1:
+    if len(lengths := {one.max_length for one in rows}) == 1:  # else they are those of the adapters' cards
         given |= {"max_length": lengths.pop()}
     told = {name: given[name] for name in names if given.get(name) not in (None, {})}
     return {"dataset": [pinned(one.path, one.sha256, output) for one in rows], **told}

@@ -21,6 +21,7 @@ from veneer.model.load import Loaded, load
 from veneer.notes import tell
 
 MERGED = "merged"
+OF_TOKENS = {"loss", "perplexity", "token_accuracy"}  # metrics that read rows as tokens, no generated text
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def put_on_base(
             tell(note)
         attach(loaded.model, adapter, slot)
     each = zip(slots, adapters, rows, strict=True)
-    examples = {slot: _examples(loaded, slot, adapter, one) for slot, adapter, one in each}
+    scored = bool(OF_TOKENS & set(settings.metrics))
+    examples = {slot: _examples(loaded, slot, adapter, one, scored) for slot, adapter, one in each}
     return OnBase(loaded, tuple(slots), {slot: those for slot, those in examples.items() if those})
 
 
@@ -75,14 +77,15 @@ def _slots(adapters: Sequence[Adapter]) -> list[str]:
     return slots
 
 
-def _examples(loaded: Loaded, slot: str, adapter: Adapter, rows: ParentRows) -> Sequence[Any]:
-    """Those of the rows that the method reads. All rows are encoded, so that faults are told before any work, by their
-    place in the file."""
+def _examples(loaded: Loaded, slot: str, adapter: Adapter, rows: ParentRows, scored: bool) -> Sequence[Any]:
+    """Those of the rows that the method reads. All rows are encoded where any is read or scored by tokens, so that
+    faults are told before any work, by their place in the file."""
+    if not (rows.fitting or scored):
+        return ()
     template = Template(tokenizer_of(loaded, slot), adapter.card.system_prompt)
-    length = rows.max_length or adapter.card.max_length
-    whole = encode(rows.rows, template, length, rows.path)
+    whole = encode(rows.rows, template, rows.max_length, rows.path)
     if not rows.fitting:
         return ()
     for note in whole.notes:
         tell(f"{rows.name}: {note}")
-    return encode(rows.fitted, template, length, rows.path).examples
+    return encode(rows.fitted, template, rows.max_length, rows.path).examples

@@ -19,7 +19,7 @@ from veneer.adapter.verify import check_base
 from veneer.config.orthogonal import OrthogonalToSettings
 from veneer.data.chat import Template
 from veneer.data.encode import encode
-from veneer.data.preference import is_preference
+from veneer.data.preference import refuse_pairs
 from veneer.data.sources import read_several, read_source
 from veneer.errors import AdapterError, ConfigError, DataError, WrongBaseError, listed
 from veneer.lowrank import directions
@@ -73,8 +73,7 @@ def read_earlier(settings: OrthogonalToSettings, tokenizer: Any) -> list[Earlier
 def _read_data(file: str, tokenizer: Any, card: Card) -> Data:
     """The first rows of a file; every other one makes the start. All of a row counts, questions and answers."""
     source = read_source(file, card.columns, limit=2 * ROWS)
-    if is_preference(source.rows):
-        raise DataError(f"{file} holds preference pairs; wanted rows with one answer, or text")
+    refuse_pairs(source.rows, file, "this start does not read", "leave --orthogonal-data out, or give plain rows")
     examples = encode(source.rows, Template(tokenizer, card.system_prompt), card.max_length, file).examples[: 2 * ROWS]
     if len(examples) < 2:
         raise DataError(
@@ -136,14 +135,14 @@ def orthogonality(
     data = [one.data for one in earlier if one.data]
     others = strongest(model, [one.fitted for one in data], room, progress) if data else {}
     if data and not others:
-        told = (
-            "--orthogonal-data: none of the layers that are trained here can be listened to (experts, embeddings and "
+        raise ConfigError(
+            "--orthogonal-data: what the layers are fed that are trained here cannot be listened to (that of experts, "
+            "embeddings and heads); leave it out"
         )
-        raise ConfigError(f"{told}heads cannot); leave it out")
     if settings.orthogonal_start:
-        apart.start_outside(others)
-    for path in others.keys() - apart.methods.keys():  # no earlier adapter reads there: their data still comes by
-        start_outside(trained[path], [others[path]])
+        for path, method in trained.items():  # also where no earlier adapter reads: their data comes by all the same
+            start_outside(method, [spaces[path] for spaces in (apart.bases, others) if path in spaces])
+        apart.share_at_start = apart.share()
     if data:
         apart.about["answered"] = answered(model, [one.held_out for one in data], trained)
     return apart

@@ -37,7 +37,9 @@ def outside(a_RI: Tensor, basis_KI: Tensor) -> Tensor:
 
 
 def start_outside(method: LoRA, spaces: Sequence[Tensor]) -> None:
-    """Changes A to lie outside of these spaces, each given by orthonormal rows (K, I)."""
+    """Changes A to lie outside of these spaces, each given by orthonormal rows (K, I), or (E, K, I) of experts."""
+    if not spaces:
+        return
     basis_KI = spaces[0] if len(spaces) == 1 else basis_of(torch.cat(list(spaces)))
     method.a_RI.data.copy_(outside(method.a_RI.data.cpu(), basis_KI))
 
@@ -61,13 +63,6 @@ class Orthogonality:
         self.bases = {path: basis_of(read_KI) for path, read_KI in read.items()}
         self.read = read
         self.stacks: list[tuple[list[nn.Parameter], Tensor]] = []
-        self.share_at_start = self.share()
-
-    def start_outside(self, others: Mapping[str, Tensor] | None = None) -> None:
-        """Changes A, before the first step, to lie outside of what is read, and of `others`, by path (K, I)."""
-        for path, method in self.methods.items():
-            more = [others[path]] if others and path in others else []
-            start_outside(method, [self.bases[path], *more])
         self.share_at_start = self.share()
 
     def taken(self, path: str) -> int:
