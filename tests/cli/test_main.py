@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from veneer.cli.__main__ import VERBS, _stolen
+from veneer.cli.__main__ import VERBS, _others_running, _wait_politely
 from veneer.errors import DataError
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "rich", "peft", "gguf", "jinja2", "yaml")
@@ -193,17 +193,29 @@ def test_the_table_names_files_that_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stat", "share"),
+    ("text", "others"),
     [
-        ("cpu  600 50 150 4000 90 0 7 200 0 0\ncpu0 1 2", 0.2),  # of 1000 that it wanted; idle, waiting and irqs aside
-        ("cpu  0 0 0 9 0 0 0 0 0 0\n", 0),
-        ("cpu  1 2 3\n", 0),
-        ("nothing of the kind here, nor anywhere in this file\n", 0),
+        ("0.00 0.01 0.05 1/78 4711\n", 0),
+        ("1.90 0.3 0.1 3/78 4711\n", 2),
+        ("1.9 0.3\n", 0),
+        ("a b c d e\n", 0),
         (None, 0),
     ],
 )
-def test_what_a_host_took_of_the_cores(tmp_path: Path, stat: str | None, share: float) -> None:
-    file = tmp_path / "stat"
-    if stat is not None:
-        file.write_text(stat)
-    assert _stolen(file) == share
+def test_how_many_others_want_a_core(tmp_path: Path, text: str | None, others: int) -> None:
+    file = tmp_path / "loadavg"
+    if text is not None:
+        file.write_text(text)
+    assert _others_running(file, pause=0) == others
+
+
+def test_threads_sleep_where_others_run_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "as it was")  # so that it is put back, whatever it was
+    for others, policy in ((0, None), (1, "PASSIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+        monkeypatch.setattr("veneer.cli.__main__._others_running", lambda others=others: others)
+        _wait_politely()
+        assert os.environ.get("OMP_WAIT_POLICY") == policy
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    _wait_politely()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

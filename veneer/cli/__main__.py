@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,24 +77,26 @@ def _tell_nobody() -> None:
 
 
 def _wait_politely() -> None:
-    """On a busy machine, lets OpenMP's threads sleep at barriers; read when torch is loaded.
+    """Where other processes run, lets OpenMP's threads sleep at barriers; read when torch is loaded.
 
-    Where another process, or another virtual machine, holds a core, spinning makes a training step up to 30 times
-    slower; on an idle machine, sleeping makes it a tenth slower (docs/log.md).
+    With another process on one of two cores, spinning makes a training step twice as slow as sleeping, or worse; on an
+    idle machine, sleeping makes it two to four times as slow as spinning (docs/log.md). The load average would not do:
+    it still counts the command before this one.
     """
-    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * (os.cpu_count() or 1)
-    if busy or _stolen() > 0.05:
+    if _others_running() >= 1:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _stolen(stat: Path = Path("/proc/stat")) -> float:
-    """Of the time that this virtual machine wanted its cores since it started, the share that its host gave to others;
-    0 where that is not known."""
-    try:
-        user, nice, system, _idle, _wait, _irq, _softirq, steal = map(int, stat.read_text().split()[1:9])
-    except (OSError, ValueError):
-        return 0.0
-    return steal / max(1, user + nice + system + steal)
+def _others_running(file: Path = Path("/proc/loadavg"), looks: int = 5, pause: float = 0.01) -> int:
+    """How many threads of others want a core, the median of a few looks; 0 where that is not known."""
+    found = []
+    for _ in range(looks):
+        try:
+            found.append(int(file.read_text().split()[3].partition("/")[0]) - 1)  # without the one that looks
+        except (OSError, ValueError, IndexError):
+            return 0
+        time.sleep(pause)
+    return sorted(found)[looks // 2]
 
 
 def overview() -> str:
