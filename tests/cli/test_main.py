@@ -211,7 +211,7 @@ def test_how_many_others_want_a_core(tmp_path: Path, text: str | None, others: i
 
 def test_threads_sleep_where_others_run_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "as it was")  # so that it is put back, whatever it was
-    for others, policy in ((0, None), (1, "PASSIVE")):
+    for others, policy in ((0, None), (os.cpu_count(), "PASSIVE")):
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         monkeypatch.setattr("veneer.cli.__main__._others_running", lambda others=others: others)
         _wait_politely()

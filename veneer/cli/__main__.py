@@ -83,7 +83,7 @@ def _wait_politely() -> None:
     idle machine, sleeping makes it two to four times as slow as spinning (docs/log.md). The load average would not do:
     it still counts the command before this one.
     """
-    if _others_running() >= 1:
+    if _others_running() >= max(1, (os.cpu_count() or 1) // 4):  # in a container, others are those of the whole host
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
