@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # pydantic looks for plugins in every installed package: a tenth of a second that no verb has a use for.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     _tell_nobody()
-    _wait_politely()
     write_anything()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] == "help":
@@ -62,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in VERBS:
         return _unknown_verb(words[0])
+    _wait_politely()
     with results_only(), notes_told():
         return _run(words[0], words[1:])
 
@@ -83,8 +83,10 @@ def _wait_politely() -> None:
     idle machine, sleeping makes it two to four times as slow as spinning (docs/log.md). The load average would not do:
     it still counts the command before this one.
     """
-    if _others_running() >= max(1, (os.cpu_count() or 1) // 4):  # in a container, others are those of the whole host
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ and _others_running() >= max(
+        1, (os.cpu_count() or 1) // 4
+    ):  # in a container, others are those of the whole host
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _others_running(file: Path = Path("/proc/loadavg"), looks: int = 5, pause: float = 0.01) -> int:

@@ -39,7 +39,7 @@ def _known(method: str) -> str:
 
 _OF_BASE = ("format", "force")
 Method = Annotated[str, AfterValidator(_known), Metavar("METHOD")]
-_OF_DATA = ("metrics", "limit", "columns", "max_length")
+OF_DATA = ("metrics", "limit", "columns", "max_length")
 
 
 class MergeSettings(MethodOptions, BaseSettings, RowSettings):
@@ -88,7 +88,7 @@ class MergeSettings(MethodOptions, BaseSettings, RowSettings):
         return self
 
     def _into_base_faults(self) -> list[str]:
-        of_several = ("method", "weights", "dataset", *_OF_DATA)
+        of_several = ("method", "weights", "dataset", *OF_DATA)
         idle = [name for name in of_several if name in self.model_fields_set] + list(self.method_options())
         faults = [f"{_listed(idle)}: of several adapters; leave out beside `into_base`"] if idle else []
         if len(self.adapters) > 1:
@@ -126,7 +126,7 @@ class MergeSettings(MethodOptions, BaseSettings, RowSettings):
             faults.append(f"{self.method} reads data: give `dataset`, a file for each adapter")
         if getattr(self, "activation_aware", None):
             faults.append("`activation_aware` reads data: give `dataset`, a file for each adapter")
-        idle = [name for name in _OF_DATA if name in given]
+        idle = [name for name in OF_DATA if name in given]
         return faults + ([f"{_listed(idle)}: with `dataset` only"] if idle else [])
 
 

@@ -147,7 +147,7 @@ def _counts(value: Any) -> Any:
     return [None if one in ("none", "all") else one for one in found] if isinstance(found, list) else found
 
 
-PIN = re.compile(r"@sha256:[0-9a-f]{64}$")  # which one it has to be, behind a name
+PIN = re.compile(r"@sha256:([0-9a-f]{64})\Z")  # which one it has to be, behind a name
 MAX_LENGTH = 1024  # tokens of a row, where nothing else is asked for
 LONGEST_ROW = 2**24  # tokens: more than any model reads
 Positive = Annotated[int, Field(ge=1)]

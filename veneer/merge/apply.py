@@ -173,9 +173,9 @@ def _adapter(adapters: Sequence[Adapter], merged: Mapping[str, Layer], report: C
     if report.learned:
         training["learned"] = dict(report.learned)
     # How the rows of all parents are read: the same prompt, or none; as long as the longest.
-    options = {"system_prompt": common([card.system_prompt for card in cards])}
-    options |= {
-        "max_length": max(lengths) if (lengths := [n for card in cards if (n := card.trained_length)]) else None
+    options = {
+        "system_prompt": common([card.system_prompt for card in cards]),
+        "max_length": max(filter(None, (card.trained_length for card in cards)), default=None),
     }
     if told := {name: value for name, value in options.items() if value}:
         training["options"] = told

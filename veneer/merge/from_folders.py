@@ -14,6 +14,7 @@ from typing import Any
 
 from veneer.adapter.card import Adapter
 from veneer.config import MergeSettings, dump_yaml
+from veneer.config.adapters import OF_DATA
 from veneer.config.verbs import BaseSettings
 from veneer.errors import AdapterError, listed
 from veneer.merge.apply import CombineReport, combine
@@ -110,7 +111,7 @@ def _recipe(
 
 
 def _data(settings: MergeSettings, loaded: Loaded, rows: Sequence[ParentRows], output: Path) -> dict[str, Any]:
-    names = ("metrics", "limit", "columns", "max_length", *BaseSettings.model_fields)
+    names = (*OF_DATA, *BaseSettings.model_fields)
     given = {name: getattr(settings, name) for name in names if name in settings.model_fields_set}
     base = loaded.name
     if base not in PACKAGED and os.path.exists(base):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_PINNED = re.compile(r"(?P<path>.+)@sha256:(?P<identity>[0-9a-f]{64})")
+from veneer.config.values import PIN
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class Named:
 
 def named(text: str) -> Named:
     """`PATH` or `PATH@sha256:IDENTITY`."""
-    found = _PINNED.fullmatch(text)
-    return Named(found["path"], found["identity"]) if found else Named(text)
+    found = PIN.search(text)
+    return Named(text[: found.start()], found[1]) if found and found.start() else Named(text)
 
 
 def pinned(path: str, identity: str, output: Path) -> str:
