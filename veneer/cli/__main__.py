@@ -83,9 +83,8 @@ def _wait_politely() -> None:
     idle machine, sleeping makes it two to four times as slow as spinning (docs/log.md). The load average would not do:
     it still counts the command before this one.
     """
-    if "OMP_WAIT_POLICY" not in os.environ and _others_running() >= max(
-        1, (os.cpu_count() or 1) // 4
-    ):  # in a container, others are those of the whole host
+    enough = max(1, (os.cpu_count() or 1) // 4)  # in a container, others are those of the whole host
+    if "OMP_WAIT_POLICY" not in os.environ and _others_running() >= enough:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
