@@ -32,19 +32,26 @@ def rows(task: str, part: str, data: Path = DATA) -> list[Row]:
     return [json.loads(line) for line in (data / task / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def trained(loaded: Any, sets: Mapping[str, Sequence[Row]], seed: int = 0) -> dict[str, Any]:
-    """An adapter for each name, trained on its rows; as many at once as AT_ONCE allows."""
+def trained(
+    loaded: Any, sets: Mapping[str, Sequence[Row]], seed: int = 0, earlier: Mapping[str, Sequence[Any]] | None = None
+) -> dict[str, Any]:
+    """An adapter for each name, trained on its rows, apart from `earlier` adapters (`train.earlier.Earlier`) where it
+    has any; as many at once as AT_ONCE allows."""
     found: dict[str, Any] = {}
     whole = list(sets.items())
     for start in range(0, len(whole), AT_ONCE):
-        found |= _trained(loaded, dict(whole[start : start + AT_ONCE]), seed)
+        found |= _trained(loaded, dict(whole[start : start + AT_ONCE]), seed, earlier or {})
     return found
 
 
-def _trained(loaded: Any, sets: Mapping[str, Sequence[Row]], seed: int) -> dict[str, Any]:
+def _trained(
+    loaded: Any, sets: Mapping[str, Sequence[Row]], seed: int, earlier: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
     from veneer.adapter.attach import attach, detach, methods_of
     from veneer.adapter.take import take
     from veneer.config import LoraSettings, TrainSettings
+    from veneer.config.orthogonal import OrthogonalToSettings
+    from veneer.train.earlier import orthogonality
     from veneer.train.job import Job, total_steps
     from veneer.train.loop import loop
     from veneer.train.schedule import choose_rate
@@ -57,7 +64,9 @@ def _trained(loaded: Any, sets: Mapping[str, Sequence[Row]], seed: int) -> dict[
         examples = encoded(loaded, mine)
         held, kept = examples[:HELD_OUT], examples[HELD_OUT:]
         rate = choose_rate(train, lora, loaded.model.config, total_steps(train, len(kept))).value
-        jobs.append(Job(name, train, kept, held, rate, methods_of(loaded.model, name)))
+        methods = methods_of(loaded.model, name)
+        apart = orthogonality(earlier.get(name, ()), loaded.model, methods, OrthogonalToSettings())
+        jobs.append(Job(name, train, kept, held, rate, methods, orthogonality=apart))
     loop(loaded.model, jobs, record=lambda job, facts: None, save=lambda _: None)
     made = {name: take(loaded.model, name, base_name=loaded.name) for name in sets}
     detach(loaded.model)

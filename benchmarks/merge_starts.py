@@ -1,0 +1,98 @@
+"""Where the second adapter's A should start if the two are to be merged: `python -m benchmarks.merge_starts`.
+
+The pairs of tasks of `benchmarks.merge_quality`, and its adapter of the first task. The second task's is trained once
+for every way of STARTS. Told are the second adapter's own score, and that of both tasks with both adapters merged
+linearly, weights of 1/2 each and of 1 each; see `benchmarks.multitask` for tasks and scores.
+
+- shared: from the same A as the first (the same seed);
+- other: from another A;
+- orthogonal: `--orthogonal-to` the first: another A, outside of what the first reads, and O-LoRA's term;
+- data: `--orthogonal-data` too: also outside of what the base's layers are fed on the first task's rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import multitask, record
+from benchmarks.merge_quality import LINEAR, SEED, Experiment, Pair, key
+
+STARTS = ("shared", "other", "orthogonal", "data")
+OTHER = 1  # the seed of the other A
+
+
+def main() -> None:
+    """Trains, merges and scores, and writes benchmarks/results/merge_starts.json after each start."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=Path, default=Path("out/merge-quality"), help="where adapters are kept")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "merge_starts.json")
+    parser.add_argument("--part", default="1/1", type=part_of, metavar="N/M", help="the n-th of m parts of the pairs")
+    asked = parser.parse_args()
+    if not multitask.DATA.is_dir():
+        sys.exit(f"no data at {multitask.DATA}; set VENEER_DATA to the folder that holds multitask")
+    experiment = Experiment(multitask.names(), asked.adapters, {}, float("inf"))
+    first, count = asked.part
+    pairs = experiment.drawn[first - 1 :: count]
+    held = json.loads(asked.output.read_text(encoding="utf-8")) if asked.output.exists() else {}
+    result: dict[str, Any] = {"base": held.get("base", {}), "pairs": held.get("pairs", {})}
+    for task in sorted({task for pair in pairs for task in pair} - set(result["base"])):
+        result["base"][task] = experiment.scores(task, None)
+    alone = experiment.made({task: (task,) for task in experiment.tasks})
+    for start in STARTS:
+        wanted = [pair for pair in pairs if start not in result["pairs"].get(key(pair), {})]
+        for pair, second in seconds(experiment, alone, wanted, start).items():
+            result["pairs"].setdefault(key(pair), {})[start] = scored(experiment, alone[pair[0]], second, pair)
+        record.save(asked.output.stem, result, asked.output.resolve().parent)
+        print(start, file=sys.stderr, flush=True)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """`2/4` -> (2, 4)."""
+    part, _, count = text.partition("/")
+    return int(part), int(count)
+
+
+def seconds(experiment: Experiment, alone: dict[str, Any], pairs: list[Pair], start: str) -> dict[Pair, Any]:
+    """The second task's adapter of each pair, started so."""
+    if start == "shared":
+        return {pair: alone[pair[1]] for pair in pairs}
+    if start == "other":
+        tasks = sorted({second for _, second in pairs})
+        made = multitask.trained(experiment.loaded, {task: multitask.rows(task, "train") for task in tasks}, OTHER)
+        return {pair: made[pair[1]] for pair in pairs}
+    sets = {key(pair): multitask.rows(pair[1], "train") for pair in pairs}
+    earlier = {key(pair): [earlier_of(experiment, alone[pair[0]], pair[0], start == "data")] for pair in pairs}
+    made = multitask.trained(experiment.loaded, sets, OTHER, earlier)
+    return {pair: made[key(pair)] for pair in pairs}
+
+
+def earlier_of(experiment: Experiment, adapter: Any, task: str, with_data: bool) -> Any:
+    """The first adapter as training apart from it wants it; with its training rows, of which every other one judges."""
+    from veneer.train.earlier import Data, Earlier
+
+    if not with_data:
+        return Earlier(task, adapter)
+    examples = multitask.encoded(experiment.loaded, multitask.rows(task, "train")[multitask.HELD_OUT :])
+    return Earlier(task, adapter, Data(task, "", examples[::2], examples[1::2]))
+
+
+def scored(experiment: Experiment, first: Any, second: Any, pair: Pair) -> dict[str, Any]:
+    """Scores of the second adapter on its own task, and of both tasks by both merged."""
+    from veneer.merge.apply import combine
+    from veneer.merge.recipe import Recipe
+
+    found = {"second": experiment.score(second, [pair[1]]), "first": experiment.score(first, [pair[0]])}
+    for name, (method, weights, options) in LINEAR.items():
+        merged, _ = combine([first, second], Recipe(method, weights, options), progress=False)
+        found[name] = experiment.score(merged, pair)
+    return found
+
+
+assert SEED != OTHER
+
+if __name__ == "__main__":
+    main()
