@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct on 2,000 rows of E2E NLG or of English to French, LoRA of rank 8 on all linear layers and full
 fine-tuning by the same loop over the same rows in the same order. Each picks its learning rate by the validation loss
-of seed 0, among RATES times the rule of the command line (full: times a tenth of it); the test file is read once, by
-what was picked. Scores with 95 % intervals over rows, of the rows of all seeds together; the paired difference,
-whatever it is.
+of seed 0, among RATES times the rule of the command line at lora_alpha 32 (full: times a tenth of it); the test file is
+read once, by what was picked. Scores with 95 % intervals over rows, of the rows of all seeds together; the paired
+difference, whatever it is.
 
 The model has 135M parameters, whose weights were stored in 4 bits once.
 """
@@ -155,7 +155,7 @@ def trained(
     """The job at its end, its best values in place, and the peak of memory in bytes."""
     from benchmarks import full_loop
     from veneer.adapter.attach import attach, methods_of
-    from veneer.config import RunConfig
+    from veneer.config import LoraSettings, RunConfig
     from veneer.train.job import Job, total_steps
     from veneer.train.loop import loop
     from veneer.train.record import peak_memory_bytes
@@ -177,7 +177,8 @@ def trained(
         }
     )
     data = read_data(config, loaded.tokenizer)
-    rule = choose_rate(config.train, config.lora, loaded.model.config, total_steps(config.train, len(data.train))).value
+    steps = total_steps(config.train, len(data.train))
+    rule = choose_rate(config.train, LoraSettings(), loaded.model.config, steps).value
     rate = rule * SHARES[system] * factor
     if system == "full":
         job = full_loop.train(loaded.model, data, config.train, rate)

@@ -63,7 +63,7 @@ def _trained(
         attach(loaded.model, lora, name, seed=seed)
         examples = encoded(loaded, mine)
         held, kept = examples[:HELD_OUT], examples[HELD_OUT:]
-        rate = choose_rate(train, lora, loaded.model.config, total_steps(train, len(kept))).value
+        rate = choose_rate(train, LoraSettings(), loaded.model.config, total_steps(train, len(kept))).value
         methods = methods_of(loaded.model, name)
         apart = orthogonality(earlier.get(name, ()), loaded.model, methods, OrthogonalToSettings())
         jobs.append(Job(name, train, kept, held, rate, methods, orthogonality=apart))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -78,5 +79,15 @@ def test_the_reason_names_numbers_and_doubts() -> None:
     assert _rate(576, "llama")[1].startswith("for a base of width 576, by the rule 5e-5")
     assert "under 100 steps" in _rate(576, "llama", steps=10)[1]
     assert "sweep" not in _rate(576, "llama")[1]
-    for lora in ({"lora_alpha": 16}, {"use_rslora": True}, {"scale": 2.0}):
+    for lora in ({"lora_alpha": 4}, {"use_rslora": True, "r": 64}, {"scale": 16.0}):
         assert "sweep" in _rate(576, "llama", lora=lora)[1]
+
+
+@given(st.integers(1, 512), st.floats(1, 512), st.booleans(), st.none() | st.floats(0.1, 64))
+def test_the_update_moves_as_fast_at_every_scale(r: int, alpha: float, rslora: bool, scale: float | None) -> None:
+    lora = LoraSettings(r=r, lora_alpha=alpha, use_rslora=rslora, scale=scale)
+    rate, reason = _rate(576, "llama", lora=lora.model_dump())
+    usual = _rate(576, "llama", lora={"r": r})[0]
+    # both rounded to three digits
+    assert rate * lora.scale_at(r, alpha) == pytest.approx(usual * 32 / r, rel=1e-2)
+    assert ("for the scale" in reason) == (not math.isclose(lora.scale_at(r, alpha) * r, 32))

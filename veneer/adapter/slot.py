@@ -67,7 +67,7 @@ def _check_experts(model: nn.Module, settings: LoraSettings, targets: Sequence[s
 def _new(model: nn.Module, path: str, settings: LoraSettings, rank: int, alpha: float, seed: int) -> Method:
     base = base_at(model, path)
     start = start_of(base, settings, path)
-    scale = settings.scale if settings.scale is not None else alpha / (rank**0.5 if settings.use_rslora else rank)
+    scale = settings.scale_at(rank, alpha)
     generator = torch.Generator().manual_seed(_module_seed(seed, path))
     if isinstance(base, Stacked):
         shape_OI = torch.empty(base.out_features, base.in_features, device="meta")

@@ -79,6 +79,10 @@ class LoraSettings(Settings):
             raise PydanticCustomError("dora_start", "`method` dora does not go with `init_lora_weights` {start}", told)
         return self
 
+    def scale_at(self, rank: int, alpha: float) -> float:
+        """s of W + s·B·A, for a layer of this rank and lora_alpha."""
+        return self.scale if self.scale is not None else alpha / (rank**0.5 if self.use_rslora else rank)
+
 
 class TrainSettings(Settings):
     """Optimisation by AdamW, evaluation, checkpoints."""

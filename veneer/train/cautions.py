@@ -103,7 +103,7 @@ def _little_capacity(config: RunConfig, facts: Facts) -> Caution | None:
 
 def _large_scale(config: RunConfig, facts: Facts) -> Caution | None:
     lora = config.lora
-    scale = lora.lora_alpha / math.sqrt(lora.r)
+    scale = lora.scale_at(lora.r, lora.lora_alpha)
     if not lora.use_rslora or lora.scale is not None or scale < LARGE_SCALE or scale < 2 * lora.lora_alpha / lora.r:
         return None
     evidence = (

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from veneer.config import LoraSettings, TrainSettings
 
 SHORT_RUN = 100  # optimiser steps; below it the best rate is about 1.5 times higher
+FITTED_ALPHA = 32  # at which the rule was fitted, with s = alpha / r
+FAR = 4  # times that alpha, or a part of it: further than was measured
 WIDTH_POWER = {"llama": 0.781, "qwen": 0.0775}
 
 
@@ -22,7 +24,9 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
     """The rate given, or the rule of 'LoRA Without Regret' (Schulman et al. 2025).
 
     5e-5 · 10 · (2000 / hidden)^p, p fitted on Llama (0.781) and Qwen (0.0775): ten times the best rate of full
-    fine-tuning, and half as much again in runs under 100 steps. Fitted at lora_alpha 32 with alpha / r.
+    fine-tuning, and half as much again in runs under 100 steps. Fitted at lora_alpha 32 with s = alpha / r, where the
+    best rate is the same for all ranks. What decides is s · rate, by which Adam moves ΔW whatever the gradient's size;
+    so of another s, the rate at which s · r · rate is the same.
     """
     if settings.learning_rate is not None:
         return Rate(settings.learning_rate, "as given")
@@ -37,8 +41,11 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
         rate, reason = rate / settings.loraplus_lr_ratio**0.5, f"{reason} / √{settings.loraplus_lr_ratio:g} for A"
     if steps < SHORT_RUN:
         rate, reason = rate * 1.5, f"{reason} · 1.5 for a run under {SHORT_RUN} steps"
-    if lora.scale is not None or lora.use_rslora or lora.lora_alpha != 32:
-        reason += "; the rule was fitted at lora_alpha 32 without rslora, so consider a sweep"
+    alpha = lora.scale_at(lora.r, lora.lora_alpha) * lora.r
+    if not math.isclose(alpha, FITTED_ALPHA):
+        rate, reason = rate * FITTED_ALPHA / alpha, f"{reason} · {FITTED_ALPHA} / {alpha:.3g} for the scale"
+    if not 1 / FAR <= alpha / FITTED_ALPHA <= FAR:
+        reason += f"; the rule was fitted at lora_alpha {FITTED_ALPHA} without rslora, so consider a sweep"
     return Rate(float(f"{rate:.3g}"), reason)
 
 
