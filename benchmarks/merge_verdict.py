@@ -7,13 +7,15 @@ needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regre
 
 - cosine: of the two updates;
 - weights: all that `veneer inspect A B` measures without data;
-- rows: what a merge keeps of each task's gain in loss on 30 rows that neither was trained on, the worse and the better;
+- rows: what a merge keeps of the gain in loss on 30 rows that neither was trained on, the worse of the two, k: as
+  -log(1.1 - k), since the last hundredths of loss decide about answers (chosen by looking at these pairs);
 - half: the same of each adapter alone at half its weight, without the other;
 
 and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of 16 tasks,
 judged on pairs of the other 8. Told are AUC (may the pair be merged?), how often of two pairs the better one is told
 so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best choice's
-worth, beside always merging, always routing and always retraining (where pairs were retrained).
+worth, beside always merging, always routing and always retraining (where pairs were retrained); the latter at other
+prices too. `rows`, fitted on all pairs, is what `veneer inspect --dataset` foretells by.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,13 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.merge_quality import JOINED, JOINT
+from veneer.evaluate.verdict import spread
 
 MERGED = "linear 1/2"
-ROUTE, RETRAIN = 0.1, 0.2  # of the worse task's gain, what one would give up to be spared it
+ROUTE, RETRAIN = 0.2, 0.3  # of the worse task's gain, what one would give up to be spared it
+ROUTES = (0.1, 0.2, 0.3, 0.4, 0.5)  # other prices; retraining costs as much more as it does above
+FORETOLD_BY = "rows"
+MIDDLE = (10, 90)  # percentiles between which four of five lie
 LEFT_OUT, SPLITS, SEED = 8, 200, 0
 RIDGE = 1.0  # on standardised columns, beside one unit a pair
 BINS = 5
@@ -66,7 +72,10 @@ def main() -> None:
     except KeyError as error:
         sys.exit(f"{asked.input} lacks {error}; next: python -m benchmarks.merge_quality")
     result = {"methods": by_method(held)} | judged(pairs)
-    for line in (*methods_table(result["methods"]), "", *table(result)):
+    if FORETOLD_BY in pairs.columns:
+        result["fit"] = fitted(pairs)
+    result["lost_by_price"] = by_price(pairs)
+    for line in (*methods_table(result["methods"]), "", *table(result), "", *prices_table(result["lost_by_price"])):
         print(line)
     record.save("merge_verdict", result)
 
@@ -85,8 +94,8 @@ def read(held: Mapping[str, Any]) -> Pairs:
         "weights": np.array([[one[name] for name in names] for one in features], dtype=float),
     }
     if all("held" in found[MERGED][one] for pair, found in merged.items() for one in pair):
-        columns["rows"] = _both(held, tasks, lambda pair, one: merged[pair][MERGED][one])
-        columns["half"] = _both(held, tasks, lambda _, one: held["half"][one][one])
+        columns["rows"] = _on_rows(held, tasks, lambda pair, one: merged[pair][MERGED][one])
+        columns["half"] = _on_rows(held, tasks, lambda _, one: held["half"][one][one])
     return Pairs(tasks, worth, columns)
 
 
@@ -96,62 +105,102 @@ def by_method(held: Mapping[str, Any]) -> dict[str, Any]:
     made = [set(found) for found in held["pairs"].values()]
     names = sorted(set.union(*made), key=lambda name: (name != MERGED, name)) if made else []
     common = [pair for pair, found in held["pairs"].items() if all(name in found for name in names if name != JOINT)]
-    tasks = sorted({task for pair in common for task in pair.split(JOINED)})
-    draws = np.random.default_rng(SEED).multinomial(len(tasks), np.full(len(tasks), 1 / len(tasks)), size=DRAWS)
     each: dict[str, dict[str, float]] = {
         name: {p: _worse(held, p.split(JOINED), held["pairs"][p][name]) for p in common if name in held["pairs"][p]}
         for name in names
     }
     result = {}
     for name, found in each.items():
-        kept = np.array(list(found.values()))
-        less = np.array([share - each[MERGED][pair] for pair, share in found.items()])
-        places = np.array([[tasks.index(task) for task in pair.split(JOINED)] for pair in found])
-        weights = draws[:, places[:, 0]] * draws[:, places[:, 1]]  # of each pair when tasks are drawn anew
-        low, high = np.nanpercentile((weights @ less) / np.maximum(weights.sum(1), 1), [2.5, 97.5])
+        shares = np.array(list(found.values()))
         result[name.replace(" ", "_")] = {
-            "pairs": len(kept),
-            "kept": round(float(kept.mean()), 4),
-            "median": round(float(np.median(kept)), 4),
-            "good": round(float((kept >= GOOD).mean()), 4),
-            "less_linear": {"score": round(float(less.mean()), 4), "low": round(low, 4), "high": round(high, 4)},
+            "pairs": len(shares),
+            "kept": round(float(shares.mean()), 4),
+            "median": round(float(np.median(shares)), 4),
+            "good": round(float((shares >= GOOD).mean()), 4),
+            "less_linear": over_tasks({pair: share - each[MERGED][pair] for pair, share in found.items()}),
         }
     return result
 
 
+def over_tasks(found: Mapping[str, float]) -> dict[str, float]:
+    """The mean of a figure over pairs, and its 95 % interval over tasks: a pair counts as often as both were drawn."""
+    tasks = sorted({task for pair in found for task in pair.split(JOINED)})
+    draws = np.random.default_rng(SEED).multinomial(len(tasks), np.full(len(tasks), 1 / len(tasks)), size=DRAWS)
+    places = np.array([[tasks.index(task) for task in pair.split(JOINED)] for pair in found])
+    weights, values = draws[:, places[:, 0]] * draws[:, places[:, 1]], np.array(list(found.values()))
+    low, high = np.nanpercentile((weights @ values) / np.maximum(weights.sum(1), 1), [2.5, 97.5])
+    return {"score": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
 def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
     """What the worse of the two keeps of its own adapter's gain in score on its test rows, at most 1."""
-
-    def kept(task: str) -> float:
-        base, alone = held["base"][task]["score"], held["alone"][task][task]["score"]
-        return min(1.0, (found[task]["score"] - base) / (alone - base)) if alone - base > GAIN else 1.0
-
-    return min(map(kept, pair))
+    return min(kept(held["base"][task], held["alone"][task][task], found[task]) for task in pair)
 
 
-def _both(held: Mapping[str, Any], tasks: Sequence[Any], scores: Callable[[Any, str], Any]) -> Array:
-    """Of each pair the smaller and the larger share of the gain in loss on held-out rows."""
+def kept(base: Mapping[str, float], alone: Mapping[str, float], merged: Mapping[str, float]) -> float:
+    """What a merged adapter keeps of a task's gain in score, at most 1."""
+    gain = alone["score"] - base["score"]
+    return min(1.0, (merged["score"] - base["score"]) / gain) if gain > GAIN else 1.0
+
+
+def _on_rows(held: Mapping[str, Any], tasks: Sequence[Any], scores: Callable[[Any, str], Any]) -> Array:
+    """Of each pair the smaller share of the gain in loss on held-out rows, as `spread`."""
 
     def share(pair: Any, task: str) -> float:
-        base, alone = held["base"][task]["held"]["loss"], held["alone"][task][task]["held"]["loss"]
-        return float(np.clip((base - scores(pair, task)["held"]["loss"]) / max(base - alone, 1e-3), -1, 1))
+        return gain_kept(held["base"][task]["held"], held["alone"][task][task]["held"], scores(pair, task)["held"])
 
-    return np.array([sorted(share(pair, task) for task in pair) for pair in tasks])
+    return np.array([[spread(min(share(pair, task) for task in pair))] for pair in tasks])
+
+
+def gain_kept(base: Mapping[str, float], alone: Mapping[str, float], merged: Mapping[str, float]) -> float:
+    """What a merged adapter keeps of a task's gain in loss."""
+    return (base["loss"] - merged["loss"]) / max(base["loss"] - alone["loss"], 1e-3)
+
+
+def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
+    """What is lost beside the best choice by each predictor and by what never looks, by the price of routing in
+    hundredths."""
+    found = {}
+    for route in ROUTES:
+        worth = pairs.worth.copy()
+        worth[:, 1] = 1 - route
+        worth[:, 2] += ROUTE - route
+        told = judged(replace(pairs, worth=worth))["predictors"]
+        found[f"{100 * route:.0f}"] = {name: one["lost"] for name, one in told.items()}
+    return found
+
+
+def fitted(pairs: Pairs) -> dict[str, Any]:
+    """The line through all pairs by FORETOLD_BY, and how far off the share was of pairs of tasks that the line was not
+    fitted on, MIDDLE of them."""
+    columns, share = pairs.columns[FORETOLD_BY], pairs.worth[:, 0]
+    constant, at_one = foretold(columns, share, np.array([[0.0], [1.0]]))
+    off = np.concatenate(
+        [share[test] - foretold(columns[fit], share[fit], columns[test]) for fit, test in splits_of(pairs.tasks)]
+    )
+    low, high = np.percentile(off, MIDDLE)
+    slope = round(float(at_one - constant), 3)
+    return {"constant": round(float(constant), 3), "slope": slope, "off": [round(low, 2), round(high, 2)]}
+
+
+def splits_of(tasks: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]:
+    """Which pairs to fit on and which to judge on, of tasks drawn to be left out, SPLITS times."""
+    draw = random.Random(SEED)
+    names = sorted({task for pair in tasks for task in pair})
+    for _ in range(SPLITS):
+        out = set(draw.sample(names, min(LEFT_OUT, len(names) // 3)))
+        fit = np.array([not out & set(pair) for pair in tasks])
+        test = np.array([out >= set(pair) for pair in tasks])
+        if fit.sum() > 2 and test.any():
+            yield fit, test
 
 
 def judged(pairs: Pairs) -> dict[str, Any]:
     """Each predictor over all splits, and what never looks."""
-    draw = random.Random(SEED)
-    names = sorted({task for pair in pairs.tasks for task in pair})
     retrained = ~np.isnan(pairs.worth[:, 2])
     choices = CHOICES if retrained.sum() > len(pairs.tasks) // 10 else CHOICES[:2]  # too few say nothing
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, *choices)}
-    for _ in range(SPLITS):
-        out = set(draw.sample(names, min(LEFT_OUT, len(names) // 3)))
-        fit = np.array([not out & set(pair) for pair in pairs.tasks])
-        test = np.array([out >= set(pair) for pair in pairs.tasks])
-        if not (fit.sum() > 2 and test.any()):
-            continue
+    for fit, test in splits_of(pairs.tasks):
         worth = pairs.worth[:, : len(choices)].copy()
         if len(choices) == 3:  # what a pair that was not retrained would keep: as those of the other tasks that were
             worth[np.isnan(worth[:, 2]), 2] = np.nanmean(worth[fit, 2])
@@ -164,7 +213,7 @@ def judged(pairs: Pairs) -> dict[str, Any]:
             found[name].append({"worth": worth[test], "choice": np.full(int(test.sum()), place)})
     return {
         "pairs": len(pairs.tasks),
-        "tasks": len(names),
+        "tasks": len({task for pair in pairs.tasks for task in pair}),
         "splits": len(found["merge"]),
         "prices": {"route": ROUTE, "retrain": RETRAIN},
         "retrained": int(retrained.sum()),
@@ -253,6 +302,13 @@ def table(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name:<10} {score:>6} {agreed:>8} {error:>6} {off:>7} {one['lost']:>7.4f}   {chosen}")
     lines += [f"{name}: not measured" for name in result["not_measured"]]
     return lines
+
+
+def prices_table(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What is lost: a row for each price of routing."""
+    names = list(next(iter(found.values())))
+    lines = ["lost at a price of routing of, in hundredths", f"{'':<6}" + "".join(f"{name:>9}" for name in names)]
+    return lines + [f"{price:<6}" + "".join(f"{one[name]:>9.4f}" for name in names) for price, one in found.items()]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 from benchmarks import merge_verdict
-from benchmarks.merge_verdict import Pairs, auc, by_method, calibration, foretold, judged, methods_table, read, table
+from benchmarks.merge_verdict import (
+    Pairs,
+    auc,
+    by_method,
+    by_price,
+    calibration,
+    fitted,
+    foretold,
+    judged,
+    methods_table,
+    prices_table,
+    read,
+    table,
+)
 
 
 def _pairs(seed: int = 0, tasks: int = 18) -> Pairs:
@@ -79,8 +92,8 @@ def test_what_was_measured_is_read() -> None:
     assert pairs.tasks == [("a", "b")]
     np.testing.assert_allclose(pairs.worth, [[0.2, 1 - merge_verdict.ROUTE, np.nan]])
     assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
-    np.testing.assert_allclose(pairs.columns["rows"], [[0.5, 0.9]])
-    np.testing.assert_allclose(pairs.columns["half"], [[0.5, 1.0]])
+    np.testing.assert_allclose(pairs.columns["rows"], [[-np.log(1.1 - 0.5)]])
+    np.testing.assert_allclose(pairs.columns["half"], [[-np.log(1.1 - 0.5)]])
     methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
     same = {"score": 0.0, "low": 0.0, "high": 0.0}
     assert methods == {"linear_1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0, "less_linear": same}}
@@ -93,6 +106,28 @@ def test_a_choice_that_nobody_tried_is_left_out() -> None:
     found = judged(pairs)
     assert "retrain" not in found["predictors"] and found["retrained"] == 0
     assert found["predictors"]["rows"]["lost"] < 0.01
+
+
+def test_prices_change_the_best_choice_and_nothing_else() -> None:
+    pairs = _pairs()
+    pairs.worth[:, 1:] = 1 - merge_verdict.ROUTE, 1 - merge_verdict.RETRAIN
+    told = by_price(pairs)
+    assert told[f"{100 * merge_verdict.ROUTE:.0f}"] == {
+        n: one["lost"] for n, one in judged(pairs)["predictors"].items()
+    }
+    cheap, dear = (told[price] for price in ("10", "50"))
+    assert cheap["route"] < dear["route"] and cheap["merge"] > dear["merge"]
+    assert cheap["retrain"] - cheap["route"] == pytest.approx(merge_verdict.RETRAIN - merge_verdict.ROUTE, abs=1e-3)
+    assert all(one["rows"] < min(one["merge"], one["route"]) for one in told.values())
+    assert prices_table(told)[2].split()[0] == "10"
+
+
+def test_the_line_through_all_pairs() -> None:
+    pairs = _pairs()
+    pairs.columns["rows"] = (pairs.worth[:, :1] - 0.25) / 0.5
+    told = fitted(pairs)
+    assert told["constant"] == pytest.approx(0.25, abs=0.01) and told["slope"] == pytest.approx(0.5, abs=0.01)
+    assert told["off"] == pytest.approx([0, 0], abs=0.01)
 
 
 def test_concordance() -> None:

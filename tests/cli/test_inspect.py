@@ -116,7 +116,9 @@ def test_with_data(veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     words += ["--dataset", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     answer = veneer(*words, "--json", "--output", tmp_path / "page.html")
     assert answer.code == 0
-    first, second = json.loads(answer.out)["data"]
+    told = json.loads(answer.out)
+    first, second = told["data"]
+    assert told["verdicts"] == []  # neither gains on its own data
     assert (first["adapter"], second["adapter"], first["rows"]) == ("s0", "s1", 4)
     [beside] = first["beside"]
     assert beside["other"] == "s1"

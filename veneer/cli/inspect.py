@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
     loaded = _loaded(settings)
     found = inspect(settings.adapters, loaded and loaded.model, settings.target, settings.rank)
     data = _on_data(settings, found, loaded, rows) if rows else ()
-    result = found.to_json() | ({"data": [one.to_json(_names(found)) for one in data]} if data else {})
+    result = found.to_json() | _data_json(data, _names(found))
     if settings.output is not None:
         from veneer.evaluate.inspection_page import write_inspection
 
@@ -71,6 +71,15 @@ def _on_data(settings: InspectSettings, found: Inspection, loaded: Any, rows: li
 
     adapters = [one.adapter for one in found.adapters]
     return on_data(loaded, adapters, _names(found), settings.dataset, rows, settings.seed, settings.max_length, say)
+
+
+def _data_json(data: Sequence[OnFile], names: Sequence[str]) -> dict[str, Any]:
+    if not data:
+        return {}
+    from veneer.evaluate.verdict import verdicts
+
+    told = [one.to_json(names) for one in verdicts(data)]
+    return {"data": [one.to_json(names) for one in data], "verdicts": told}
 
 
 def _names(found: Inspection) -> list[str]:

@@ -10,6 +10,7 @@ from veneer.evaluate.matrix import matrix
 from veneer.evaluate.on_data import Beside, OnFile
 from veneer.evaluate.page import number, table, text
 from veneer.evaluate.report import both
+from veneer.evaluate.verdict import HEADS, LEGEND, TITLE, verdicts
 
 Cells = Mapping[tuple[int, int], float | None]
 
@@ -46,6 +47,7 @@ def on_data_sections(found: Sequence[OnFile], names: Sequence[str]) -> list[str]
             "‖ΔW_B x‖² / ‖ΔW_A x‖² on the inputs x of A's data, mean over layers: 0 does not answer them, 1 as A does.",
         ),
         _losses(found, names),
+        *_verdicts(found, names),
         *(_by_layer(one, names) for one in found),
     ]
 
@@ -88,6 +90,14 @@ def _losses(found: Sequence[OnFile], names: Sequence[str]) -> str:
         "share that A/2 + B/2 keeps; cosine: of what A and B write on A's data."
     )
     return f'<section><h2>Losses</h2>{table(heads, rows)}<p class="small">{says}</p></section>'
+
+
+def _verdicts(found: Sequence[OnFile], names: Sequence[str]) -> list[str]:
+    told = [one.cells(names) for one in verdicts(found)]
+    if not told:
+        return []
+    drawn = table(list(HEADS), told)
+    return [f'<section><h2>{text(TITLE)}</h2>{drawn}<p class="small">{text(LEGEND)}</p></section>']
 
 
 def _change(score: Score) -> str:
