@@ -5,7 +5,7 @@ for every way of STARTS. Told are the second adapter's own score, and that of bo
 linearly, weights of 1/2 each and of 1 each; see `benchmarks.multitask` for tasks and scores.
 
 - shared: from the same A as the first (the same seed);
-- other: from another A;
+- other: from another A (another seed, which also puts the rows in another order);
 - orthogonal: `--orthogonal-to` the first: another A, outside of what the first reads, and O-LoRA's term;
 - data: `--orthogonal-data` too: also outside of what the base's layers are fed on the first task's rows.
 """
@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks import multitask, record
 from benchmarks.merge_quality import JOINED, LINEAR, SEED, Experiment, Pair, key
-from benchmarks.merge_verdict import MERGED, gain_kept, kept, over_tasks
-from veneer.evaluate.verdict import Foretold, foretell
+from benchmarks.merge_verdict import MERGED, kept, over_tasks
+from veneer.evaluate.foretold import Foretold, foretell, gain_kept
 
 STARTS = ("shared", "other", "orthogonal", "data")
 OTHER = 1  # the seed of the other A
@@ -57,8 +57,10 @@ def main() -> None:
 
 def part_of(text: str) -> tuple[int, int]:
     """`2/4` -> (2, 4)."""
-    part, _, count = text.partition("/")
-    return int(part), int(count)
+    part, count = (int(number) for number in text.split("/"))
+    if not 1 <= part <= count:
+        raise ValueError(f"wanted 1/{count} to {count}/{count}")
+    return part, count
 
 
 def seconds(experiment: Experiment, alone: dict[str, Any], pairs: list[Pair], start: str) -> dict[Pair, Any]:
@@ -123,12 +125,12 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return summed
 
 
-def agreement(told: Sequence[Foretold], kept: Sequence[float]) -> dict[str, float]:
+def agreement(told: Sequence[Foretold], kept: Sequence[float]) -> dict[str, float | None]:
     """Of what `veneer inspect` foretells from held-out rows: its correlation with what was kept, and how often that lay
     in the range told, of four of five pairs that the line was fitted on."""
     within = [one.low <= share <= one.high for one, share in zip(told, kept, strict=True)]
-    correlation = np.corrcoef([one.kept for one in told], kept)[0, 1]
-    return {"correlation": round(float(correlation), 4), "within": round(float(np.mean(within)), 4)}
+    correlation = round(float(np.corrcoef([one.share for one in told], kept)[0, 1]), 4) if len(told) > 1 else None
+    return {"correlation": correlation, "within": round(float(np.mean(within)), 4)}
 
 
 def _worse(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any], name: str) -> float:
@@ -140,8 +142,8 @@ def _worse(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any
 def _told(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> Foretold:
     """From the gain in loss on held-out rows."""
     alone = dict(zip(pair, ("first", "second"), strict=True))
-    gains = ((base[t]["held"], found[alone[t]][t]["held"], found[MERGED][t]["held"]) for t in pair)
-    return foretell(0, 1, min(gain_kept(*each) for each in gains))
+    each = ((base[task], found[alone[task]][task], found[MERGED][task]) for task in pair)
+    return foretell(0, 1, min(gain_kept(*(one["held"]["loss"] for one in three)) for three in each))
 
 
 assert SEED != OTHER

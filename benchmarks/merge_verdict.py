@@ -7,15 +7,16 @@ needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regre
 
 - cosine: of the two updates;
 - weights: all that `veneer inspect A B` measures without data;
-- rows: what a merge keeps of the gain in loss on 30 rows that neither was trained on, the worse of the two, k: as
-  -log(1.1 - k), since the last hundredths of loss decide about answers (chosen by looking at these pairs);
+- rows: what a merge keeps of the gain in loss on 30 rows that neither was trained on (by which each adapter's best step
+  was chosen), the worse of the two, k: as log(1.1 - k), since the last hundredths of loss decide about answers (chosen
+  by looking at these pairs);
 - half: the same of each adapter alone at half its weight, without the other;
 
 and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of 16 tasks,
 judged on pairs of the other 8. Told are AUC (may the pair be merged?), how often of two pairs the better one is told
 so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best choice's
 worth, beside always merging, always routing and always retraining (where pairs were retrained); the latter at other
-prices too. `rows`, fitted on all pairs, is what `veneer inspect --dataset` foretells by.
+prices too. `rows`, fitted on all pairs, is what `veneer inspect --dataset` foretells shares by.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.merge_quality import JOINED, JOINT
-from veneer.evaluate.verdict import spread
+from veneer.evaluate.foretold import gain_kept, log_lost
 
 MERGED = "linear 1/2"
 ROUTE, RETRAIN = 0.2, 0.3  # of the worse task's gain, what one would give up to be spared it
@@ -144,17 +145,13 @@ def kept(base: Mapping[str, float], alone: Mapping[str, float], merged: Mapping[
 
 
 def _on_rows(held: Mapping[str, Any], tasks: Sequence[Any], scores: Callable[[Any, str], Any]) -> Array:
-    """Of each pair the smaller share of the gain in loss on held-out rows, as `spread`."""
+    """Of each pair the smaller share of the gain in loss on held-out rows, as `log_lost`."""
 
     def share(pair: Any, task: str) -> float:
-        return gain_kept(held["base"][task]["held"], held["alone"][task][task]["held"], scores(pair, task)["held"])
+        found = (held["base"][task], held["alone"][task][task], scores(pair, task))
+        return gain_kept(*(one["held"]["loss"] for one in found))
 
-    return np.array([[spread(min(share(pair, task) for task in pair))] for pair in tasks])
-
-
-def gain_kept(base: Mapping[str, float], alone: Mapping[str, float], merged: Mapping[str, float]) -> float:
-    """What a merged adapter keeps of a task's gain in loss."""
-    return (base["loss"] - merged["loss"]) / max(base["loss"] - alone["loss"], 1e-3)
+    return np.array([[log_lost(min(share(pair, task) for task in pair))] for pair in tasks])
 
 
 def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
@@ -171,16 +168,23 @@ def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
 
 
 def fitted(pairs: Pairs) -> dict[str, Any]:
-    """The line through all pairs by FORETOLD_BY, and how far off the share was of pairs of tasks that the line was not
-    fitted on, MIDDLE of them."""
-    columns, share = pairs.columns[FORETOLD_BY], pairs.worth[:, 0]
-    constant, at_one = foretold(columns, share, np.array([[0.0], [1.0]]))
-    off = np.concatenate(
-        [share[test] - foretold(columns[fit], share[fit], columns[test]) for fit, test in splits_of(pairs.tasks)]
-    )
-    low, high = np.percentile(off, MIDDLE)
-    slope = round(float(at_one - constant), 3)
-    return {"constant": round(float(constant), 3), "slope": slope, "off": [round(low, 2), round(high, 2)]}
+    """The line through all pairs by FORETOLD_BY; and of pairs of tasks that a line was not fitted on, a third of them
+    each from the lowest shares told to the highest: up to which share told, and how far off what was kept lay, MIDDLE
+    of them."""
+    x, share = pairs.columns[FORETOLD_BY][:, 0], pairs.worth[:, 0]
+    slope, constant = np.polyfit(x, share, 1)
+    told, off = [], []
+    for fit, test in splits_of(pairs.tasks):
+        told.append(np.polyval(np.polyfit(x[fit], share[fit], 1), x[test]))
+        off.append(share[test] - told[-1])
+    tops = np.quantile(np.concatenate(told), [1 / 3, 2 / 3]).round(2).tolist()
+    place = np.searchsorted(tops, np.concatenate(told))
+    ranges = [np.percentile(np.concatenate(off)[place == third], MIDDLE).round(2).tolist() for third in range(3)]
+    return {
+        "constant": round(float(constant), 3),
+        "slope": round(float(slope), 3),
+        "off": [[top, *ends] for top, ends in zip([*tops, 1.0], ranges, strict=True)],
+    }
 
 
 def splits_of(tasks: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]:

@@ -3,9 +3,9 @@
 Adapters on SmolLM2-135M (135M parameters, whose weights were stored in 4 bits once) for every task, every (r,
 lora_alpha) of SCALES and every rate: FACTORS times the rule 5e-5 · 10 · (2000 / hidden)^0.781 of 'LoRA Without Regret'
 (Schulman et al. 2025), which was fitted at lora_alpha 32. All adapters of a task train at once, over the same rows in
-the same order from the same seed. Told is the lowest validation loss of each, beside the base's. Tasks are the 24 small
-ones of `benchmarks.multitask` (270 rows, 4 epochs, batches of 16) and the data sets of LARGE (2,000 rows
-drawn once, or what there is; one epoch, batches of 8).
+the same order from the same seed. Told is the lowest validation loss of each, the one before training included, beside
+the base's. Tasks are the 24 small ones of `benchmarks.multitask` (270 rows, 4 epochs, batches of 16) and the data sets
+of LARGE (2,000 rows drawn once, or what there is; one epoch, batches of 8).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def swept(loaded: Any, task: str) -> dict[str, Any]:
         "rule": rule,
         "base": sum(one.nll for one in before) / sum(one.tokens for one in before),
         "losses": {
-            f"r={r}, lora_alpha={alpha}": {f"{factor:g}": jobs[r, alpha, factor].best_loss for factor in FACTORS}
+            f"r{r}-alpha{alpha}": {f"{factor:g}": jobs[r, alpha, factor].best_loss for factor in FACTORS}
             for r, alpha in SCALES
         },
     }

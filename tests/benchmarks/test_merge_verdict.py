@@ -92,8 +92,8 @@ def test_what_was_measured_is_read() -> None:
     assert pairs.tasks == [("a", "b")]
     np.testing.assert_allclose(pairs.worth, [[0.2, 1 - merge_verdict.ROUTE, np.nan]])
     assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
-    np.testing.assert_allclose(pairs.columns["rows"], [[-np.log(1.1 - 0.5)]])
-    np.testing.assert_allclose(pairs.columns["half"], [[-np.log(1.1 - 0.5)]])
+    np.testing.assert_allclose(pairs.columns["rows"], [[np.log(1.1 - 0.5)]])
+    np.testing.assert_allclose(pairs.columns["half"], [[np.log(1.1 - 0.5)]])
     methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
     same = {"score": 0.0, "low": 0.0, "high": 0.0}
     assert methods == {"linear_1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0, "less_linear": same}}
@@ -127,7 +127,9 @@ def test_the_line_through_all_pairs() -> None:
     pairs.columns["rows"] = (pairs.worth[:, :1] - 0.25) / 0.5
     told = fitted(pairs)
     assert told["constant"] == pytest.approx(0.25, abs=0.01) and told["slope"] == pytest.approx(0.5, abs=0.01)
-    assert told["off"] == pytest.approx([0, 0], abs=0.01)
+    tops, *ends = zip(*told["off"], strict=True)
+    assert list(tops) == sorted(tops) and tops[-1] == 1.0
+    np.testing.assert_allclose(ends, 0, atol=0.01)
 
 
 def test_concordance() -> None:

@@ -118,7 +118,8 @@ def test_with_data(veneer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert answer.code == 0
     told = json.loads(answer.out)
     first, second = told["data"]
-    assert told["verdicts"] == []  # neither gains on its own data
+    assert told["foretold"] == []
+    assert "s0 : s1: what a merge keeps is not foretold: s0 and s1 do not surely gain" in answer.err
     assert (first["adapter"], second["adapter"], first["rows"]) == ("s0", "s1", 4)
     [beside] = first["beside"]
     assert beside["other"] == "s1"

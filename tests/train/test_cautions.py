@@ -24,7 +24,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({"target_modules": "q_proj,o_proj"}, {"adapted": ALL[:2]}, "--target-modules q_proj,o_proj", "all-linear"),
     ({"r": 4}, {"trained_tokens": 25_000}, "--r 4", "--r 10"),
     ({"r": 4}, {"trained_tokens": 10_000_000}, "--r 4", "--r 256"),
-    ({"use_rslora": True}, {}, "--use-rslora", "--lora-alpha 8"),
+    ({"use_rslora": True, "learning_rate": 1e-3}, {}, "--use-rslora", "--lora-alpha 8"),
 ]
 
 
@@ -62,8 +62,10 @@ def test_every_rule_has_a_case() -> None:
         ({"gradient_accumulation_steps": 8}, {}),
         ({"gradient_accumulation_steps": 16}, {"rows": 64}),
         ({"r": 4}, {}),
-        ({"use_rslora": True, "lora_alpha": 16}, {}),
-        ({"use_rslora": True, "r": 1}, {}),
+        ({"use_rslora": True}, {}),  # the rate makes up for the scale
+        ({"use_rslora": True, "lora_alpha": 16, "learning_rate": 1e-3}, {}),
+        ({"use_rslora": True, "r": 1, "learning_rate": 1e-3}, {}),
+        ({"learning_rate": 3e-5}, {"usual_rate": 3e-5}),
     ],
 )
 def test_nothing_is_said_of_what_is_not_known_to_hurt(options: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -79,8 +79,17 @@ def test_the_reason_names_numbers_and_doubts() -> None:
     assert _rate(576, "llama")[1].startswith("for a base of width 576, by the rule 5e-5")
     assert "under 100 steps" in _rate(576, "llama", steps=10)[1]
     assert "sweep" not in _rate(576, "llama")[1]
-    for lora in ({"lora_alpha": 4}, {"use_rslora": True, "r": 64}, {"scale": 16.0}):
+    assert "sweep" not in _rate(576, "llama", lora={"lora_alpha": 16})[1]
+    for lora in ({"lora_alpha": 8}, {"use_rslora": True}, {"scale": 16.0}, {"init_lora_weights": "pissa"}):
         assert "sweep" in _rate(576, "llama", lora=lora)[1]
+
+
+def test_the_scale_by_hand() -> None:
+    """Half of lora_alpha, twice the rate; rsLoRA at rank 64 has eight times the scale; starts of B ≠ 0 are left."""
+    assert _rate(2000, "llama", lora={"lora_alpha": 16})[0] == pytest.approx(1e-3)
+    assert _rate(2000, "llama", lora={"use_rslora": True, "r": 64})[0] == pytest.approx(6.25e-5)
+    assert _rate(2000, "llama", lora={"scale": 1.0, "r": 32})[0] == pytest.approx(5e-4)
+    assert _rate(2000, "llama", lora={"lora_alpha": 16, "init_lora_weights": "pissa"})[0] == pytest.approx(5e-4)
 
 
 @given(st.integers(1, 512), st.floats(1, 512), st.booleans(), st.none() | st.floats(0.1, 64))

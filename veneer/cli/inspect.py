@@ -76,10 +76,10 @@ def _on_data(settings: InspectSettings, found: Inspection, loaded: Any, rows: li
 def _data_json(data: Sequence[OnFile], names: Sequence[str]) -> dict[str, Any]:
     if not data:
         return {}
-    from veneer.evaluate.verdict import verdicts
+    from veneer.evaluate.foretold import foretold
 
-    told = [one.to_json(names) for one in verdicts(data)]
-    return {"data": [one.to_json(names) for one in data], "verdicts": told}
+    told, _ = foretold(data, names)
+    return {"data": [one.to_json(names) for one in data], "foretold": [one.to_json(names) for one in told]}
 
 
 def _names(found: Inspection) -> list[str]:

@@ -40,17 +40,20 @@ def print_on_data(found: Sequence[OnFile], names: Sequence[str], json: bool) -> 
     heads = ["data of A : B", "layers", "B writes", "cosine", "B alone", "A + B", "A/2 + B/2", "kept"]
     print_table("the others on its data", heads, rows, json=json)
     say(_LEGEND)
-    _print_verdicts(found, names, json)
+    _print_foretold(found, names, json)
     for note in dict.fromkeys(f"{one.file}: {note}" for one in found for note in one.notes):
         say(f"note: {note}")
 
 
-def _print_verdicts(found: Sequence[OnFile], names: Sequence[str], json: bool) -> None:
-    from veneer.evaluate.verdict import HEADS, LEGEND, TITLE, verdicts
+def _print_foretold(found: Sequence[OnFile], names: Sequence[str], json: bool) -> None:
+    from veneer.evaluate.foretold import HEADS, LEGEND, TITLE, foretold
 
-    if told := verdicts(found):
+    told, silent = foretold(found, names)
+    if told:
         print_table(TITLE, list(HEADS), [one.cells(names) for one in told], json=json)
         say(LEGEND)
+    for note in silent:
+        say(f"note: {note}")
 
 
 def _change(score: Score) -> str:

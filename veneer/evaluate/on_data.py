@@ -16,6 +16,7 @@ from veneer.data.encode import encode
 from veneer.data.files import Row
 from veneer.data.sources import read_several, read_source
 from veneer.errors import AdapterError
+from veneer.evaluate.foretold import gain_kept
 from veneer.evaluate.intervals import Score
 from veneer.evaluate.run import check_family, evaluate
 from veneer.measure.beside_base import attach_silently
@@ -195,10 +196,10 @@ class _Speakers:
         return self._known[slot]
 
 
-def _kept(base: Score, change: Score, merged: Score) -> float | None:
+def _kept(base: Score, alone: Score, change: Score, merged: Score) -> float | None:
     if change.high is None or change.high >= 0:
         return None
-    return (merged.score - base.score) / change.score
+    return gain_kept(base.score, alone.score, merged.score)
 
 
 def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -> OnFile:
@@ -217,7 +218,7 @@ def _on_file(speakers: _Speakers, own: int, written: Mapping[int, Functional]) -
                 summed_change=sum_changes[summed],
                 halved=sums[halved],
                 halved_change=sum_changes[halved],
-                kept=_kept(base, changes[own], sums[halved]),
+                kept=_kept(base, losses[own], changes[own], sums[halved]),
                 functional=found,
             )
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from veneer.evaluate import plots
+from veneer.evaluate.foretold import HEADS, LEGEND, TITLE, foretold
 from veneer.evaluate.intervals import Score
 from veneer.evaluate.matrix import matrix
 from veneer.evaluate.on_data import Beside, OnFile
 from veneer.evaluate.page import number, table, text
 from veneer.evaluate.report import both
-from veneer.evaluate.verdict import HEADS, LEGEND, TITLE, verdicts
 
 Cells = Mapping[tuple[int, int], float | None]
 
@@ -47,7 +47,7 @@ def on_data_sections(found: Sequence[OnFile], names: Sequence[str]) -> list[str]
             "‖ΔW_B x‖² / ‖ΔW_A x‖² on the inputs x of A's data, mean over layers: 0 does not answer them, 1 as A does.",
         ),
         _losses(found, names),
-        *_verdicts(found, names),
+        *_foretold(found, names),
         *(_by_layer(one, names) for one in found),
     ]
 
@@ -92,12 +92,12 @@ def _losses(found: Sequence[OnFile], names: Sequence[str]) -> str:
     return f'<section><h2>Losses</h2>{table(heads, rows)}<p class="small">{says}</p></section>'
 
 
-def _verdicts(found: Sequence[OnFile], names: Sequence[str]) -> list[str]:
-    told = [one.cells(names) for one in verdicts(found)]
+def _foretold(found: Sequence[OnFile], names: Sequence[str]) -> list[str]:
+    told, _ = foretold(found, names)
     if not told:
         return []
-    drawn = table(list(HEADS), told)
-    return [f'<section><h2>{text(TITLE)}</h2>{drawn}<p class="small">{text(LEGEND)}</p></section>']
+    drawn = table(list(HEADS), [one.cells(names) for one in told])
+    return [f'<section><h2>{text(TITLE.capitalize())}</h2>{drawn}<p class="small">{text(LEGEND)}</p></section>']
 
 
 def _change(score: Score) -> str:

@@ -46,7 +46,7 @@ def cautions(config: RunConfig, facts: Facts) -> list[Caution]:
 
 def _low_rate(config: RunConfig, facts: Facts) -> Caution | None:
     rate = config.train.learning_rate
-    if rate is None or rate >= LOW_RATE:
+    if rate is None or rate >= min(LOW_RATE, facts.usual_rate / 2):
         return None
     evidence = "as for full fine-tuning; the best rate for LoRA was found to be about ten times that"
     return Caution(f"--learning-rate {rate:g}", evidence, _usual(facts))
@@ -61,7 +61,7 @@ def _high_rate(config: RunConfig, facts: Facts) -> Caution | None:
 
 
 def _usual(facts: Facts) -> str:
-    return f"--learning-rate {facts.usual_rate:g}, from this base's width, or leave it out"
+    return f"--learning-rate {facts.usual_rate:g}, from this base's width and the scale, or leave it out"
 
 
 def _large_batch(config: RunConfig, facts: Facts) -> Caution | None:
@@ -103,6 +103,8 @@ def _little_capacity(config: RunConfig, facts: Facts) -> Caution | None:
 
 def _large_scale(config: RunConfig, facts: Facts) -> Caution | None:
     lora = config.lora
+    if config.train.learning_rate is None:  # then the rate makes up for the scale
+        return None
     scale = lora.scale_at(lora.r, lora.lora_alpha)
     if not lora.use_rslora or lora.scale is not None or scale < LARGE_SCALE or scale < 2 * lora.lora_alpha / lora.r:
         return None

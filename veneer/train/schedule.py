@@ -6,10 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 from veneer.config import LoraSettings, TrainSettings
+from veneer.methods.init import INITS
 
 SHORT_RUN = 100  # optimiser steps; below it the best rate is about 1.5 times higher
 FITTED_ALPHA = 32  # at which the rule was fitted, with s = alpha / r
-FAR = 4  # times that alpha, or a part of it: further than was measured
+FAR = 2  # times as much, or as little; beyond it nothing was measured
 WIDTH_POWER = {"llama": 0.781, "qwen": 0.0775}
 
 
@@ -25,8 +26,9 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
 
     5e-5 · 10 · (2000 / hidden)^p, p fitted on Llama (0.781) and Qwen (0.0775): ten times the best rate of full
     fine-tuning, and half as much again in runs under 100 steps. Fitted at lora_alpha 32 with s = alpha / r, where the
-    best rate is the same for all ranks. What decides is s · rate, by which Adam moves ΔW whatever the gradient's size;
-    so of another s, the rate at which s · r · rate is the same.
+    best rate is the same for all ranks. At a given rank what decides is s · rate, by which Adam moves ΔW whatever the
+    gradient's size; so of another scale, the rate at which s · r · rate is the same. That holds of starts with B = 0;
+    others are left as they are. Layers with a rank or alpha of their own follow the common one.
     """
     if settings.learning_rate is not None:
         return Rate(settings.learning_rate, "as given")
@@ -42,10 +44,12 @@ def choose_rate(settings: TrainSettings, lora: LoraSettings, model_config: Any, 
     if steps < SHORT_RUN:
         rate, reason = rate * 1.5, f"{reason} · 1.5 for a run under {SHORT_RUN} steps"
     alpha = lora.scale_at(lora.r, lora.lora_alpha) * lora.r
-    if not math.isclose(alpha, FITTED_ALPHA):
+    anchored = INITS[lora.init_lora_weights].anchored
+    if not anchored and not math.isclose(alpha, FITTED_ALPHA):
         rate, reason = rate * FITTED_ALPHA / alpha, f"{reason} · {FITTED_ALPHA} / {alpha:.3g} for the scale"
-    if not 1 / FAR <= alpha / FITTED_ALPHA <= FAR:
-        reason += f"; the rule was fitted at lora_alpha {FITTED_ALPHA} without rslora, so consider a sweep"
+    if anchored or not 1 / FAR <= alpha / FITTED_ALPHA <= FAR:
+        start = ", B = 0 at the start" if anchored else ""
+        reason += f"; the rule was fitted at lora_alpha {FITTED_ALPHA} without rslora{start}, so consider a sweep"
     return Rate(float(f"{rate:.3g}"), reason)
 
 
