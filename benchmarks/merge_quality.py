@@ -5,6 +5,9 @@ pairs are merged by `linear` with weights of 1/2 each and of 1 each; PAIRS of th
 of METHODS, and by training one adapter on both tasks' rows. Every score is of the test file, each task's own, see
 `benchmarks.multitask`. What is measured of a pair before merging (`features`) stands beside its scores. The file is
 written as it grows, and what it holds is not measured again; adapters lie in a folder beside it, for the next call.
+
+Several processes share the work by `--adapters-only` first, then a `--part N/M` each with an output of its own, then
+`--join` of those.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -45,6 +48,7 @@ METHODS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
     "compress": ("compress", (1.0, 1.0), {"rank": multitask.RANK}),
 }
 JOINT, JOINED = "joint", "--"
+GROUPS = ("base", "alone", "half", "features", "pairs")  # of entries, in the file
 Pair = tuple[str, str]
 
 
@@ -59,14 +63,24 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, default=Path("out/merge-quality"), help="where adapters are kept")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "merge_quality.json")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="only these")
+    parser.add_argument("--adapters-only", action="store_true", help="train those of all tasks and measure nothing")
+    parser.add_argument("--part", default="1/1", type=part_of, metavar="N/M", help="the n-th of m parts of all scores")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="outputs of parts, into one; nothing else")
     asked = parser.parse_args()
+    if asked.join:
+        asked.output.write_text(json.dumps(join(asked.join, GROUPS), indent=2) + "\n", encoding="utf-8")
+        return
     if not multitask.DATA.is_dir():
         sys.exit(f"no data at {multitask.DATA}; set VENEER_DATA to the folder that holds multitask")
     held = json.loads(asked.output.read_text()) if asked.output.exists() else {}
     if not all("held" in one for one in held.get("base", {}).values()):
         print("what lies there has no scores of held-out rows: all is measured anew", file=sys.stderr)
         held = {}
-    experiment = Experiment(asked.tasks or multitask.names(), asked.adapters, held, time.monotonic() + asked.seconds)
+    until = time.monotonic() + asked.seconds
+    experiment = Experiment(asked.tasks or multitask.names(), asked.adapters, held, until, asked.part)
+    if asked.adapters_only:
+        experiment.alone()
+        return
     save = partial(record.save, asked.output.stem, experiment.result, asked.output.resolve().parent)
     try:
         for group in experiment.all():
@@ -78,10 +92,31 @@ def main() -> None:
         save()
 
 
-class Experiment:
-    """Adapters, scores so far, and what comes next."""
+def part_of(text: str) -> tuple[int, int]:
+    """`2/4` -> (2, 4)."""
+    part, count = (int(number) for number in text.split("/"))
+    if not 1 <= part <= count:
+        raise ValueError(f"wanted 1/{count} to {count}/{count}")
+    return part, count
 
-    def __init__(self, tasks: list[str], folder: Path, held: dict[str, Any], until: float) -> None:
+
+def join(files: Sequence[Path], groups: Sequence[str]) -> dict[str, Any]:
+    """These groups of entries of all files, in the order of names; the rest as the first has it."""
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    joined: dict[str, dict[str, Any]] = {name: {} for name in groups}
+    for one in parts:
+        for name, group in joined.items():
+            for entry, found in one.get(name, {}).items():
+                group[entry] = group.get(entry, {}) | found
+    return parts[0] | {name: dict(sorted(group.items())) for name, group in joined.items()}
+
+
+class Experiment:
+    """Adapters, scores so far, and what comes next; `part`: of all scores, the n-th of so many parts."""
+
+    def __init__(
+        self, tasks: list[str], folder: Path, held: dict[str, Any], until: float, part: tuple[int, int] = (1, 1)
+    ) -> None:
         from veneer.model.load import load
 
         self.tasks, self.folder, self.until = tasks, folder, until
@@ -90,31 +125,36 @@ class Experiment:
         self.held = {task: multitask.Test(self.loaded, task, "held") for task in tasks}
         self.pairs: list[Pair] = list(combinations(tasks, 2))
         self.drawn = sorted(random.Random(SEED).sample(self.pairs, min(PAIRS, len(self.pairs))))
-        self.result: dict[str, Any] = {
-            name: held.get(name, {}) for name in ("base", "alone", "half", "features", "pairs")
-        }
+        self.first, self.every = part[0] - 1, part[1]
+        self.result: dict[str, Any] = {name: held.get(name, {}) for name in GROUPS}
         self.adapters: dict[str, Any] = {}
 
     def all(self) -> Iterator[str]:
         """Everything, in parts that can be written."""
-        for task in self.tasks:
-            if task not in self.result["base"]:
-                self.result["base"][task] = self.scores(task, None)
+        mine = slice(self.first, None, self.every)
+        tasks, drawn, pairs = self.tasks[mine], self.drawn[mine], self.pairs[mine]
+        self.each(tasks, self.result["base"], lambda task: self.scores(task, None))
         yield "base"
-        self.adapters = self.made({task: (task,) for task in self.tasks})
-        self.each(self.tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
+        self.adapters = self.alone()
+        self.each(tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
         yield "alone"
-        self.each(self.tasks, self.result["half"], lambda task: self.score(halved(self.adapters[task]), [task]))
+        self.each(tasks, self.result["half"], lambda task: self.score(halved(self.adapters[task]), [task]))
         yield "half"
-        self.result["features"] = self.measured()
-        yield "features"
-        yield from self.merged(LINEAR, self.drawn)
-        yield from self.merged(METHODS, self.drawn)
-        joint = self.made({key(pair): pair for pair in self.drawn})
-        for pair in self.drawn:
-            self.entry(pair).setdefault(JOINT, self.score(joint[key(pair)], pair))
+        if self.first == 0:
+            self.result["features"] = self.measured()
+            yield "features"
+        yield from self.merged(LINEAR, drawn)
+        yield from self.merged(METHODS, drawn)
+        yield from self.merged(LINEAR, pairs)
+        joint = self.made({key(pair): pair for pair in drawn})
+        for pair in drawn:
+            if JOINT not in self.entry(pair):
+                self.entry(pair)[JOINT] = self.score(joint[key(pair)], pair)
         yield JOINT
-        yield from self.merged(LINEAR, self.pairs)
+
+    def alone(self) -> dict[str, Any]:
+        """The adapter of each task."""
+        return self.made({task: (task,) for task in self.tasks})
 
     def measured(self) -> dict[str, Any]:
         """What `veneer inspect` measures of every pair, without data."""
@@ -125,7 +165,7 @@ class Experiment:
 
     def merged(self, methods: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
         """Every pair by every method; merged by a process for every two cores, scored here."""
-        workers = max(1, (os.cpu_count() or 1) // 2)
+        workers = max(1, (os.cpu_count() or 1) // 2 // self.every)
         with ProcessPoolExecutor(workers, get_context("spawn"), begin, (self.folder,)) as pool:
             for name in methods:
                 left = [(name, pair) for pair in pairs if name not in self.entry(pair)]

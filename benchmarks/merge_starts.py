@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import multitask, record
-from benchmarks.merge_quality import JOINED, LINEAR, SEED, Experiment, Pair, key
+from benchmarks.merge_quality import JOINED, LINEAR, SEED, Experiment, Pair, join, key, part_of
 from benchmarks.merge_verdict import MERGED, kept, over_tasks
 from veneer.evaluate.foretold import Foretold, foretell, gain_kept
 
@@ -36,7 +36,12 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, default=Path("out/merge-quality"), help="where adapters are kept")
     parser.add_argument("--output", type=Path, default=record.RESULTS / "merge_starts.json")
     parser.add_argument("--part", default="1/1", type=part_of, metavar="N/M", help="the n-th of m parts of the pairs")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="outputs of parts, into one; nothing else")
     asked = parser.parse_args()
+    if asked.join:
+        joined = join(asked.join, ("base", "pairs"))
+        asked.output.write_text(json.dumps(joined | {"kept": summary(joined)}, indent=2) + "\n", encoding="utf-8")
+        return
     if not multitask.DATA.is_dir():
         sys.exit(f"no data at {multitask.DATA}; set VENEER_DATA to the folder that holds multitask")
     experiment = Experiment(multitask.names(), asked.adapters, {}, float("inf"))
@@ -46,21 +51,13 @@ def main() -> None:
     result: dict[str, Any] = {"base": held.get("base", {}), "pairs": held.get("pairs", {})}
     for task in sorted({task for pair in pairs for task in pair} - set(result["base"])):
         result["base"][task] = experiment.scores(task, None)
-    alone = experiment.made({task: (task,) for task in experiment.tasks})
+    alone = experiment.alone()
     for start in STARTS:
         wanted = [pair for pair in pairs if start not in result["pairs"].get(key(pair), {})]
         for pair, second in seconds(experiment, alone, wanted, start).items():
             result["pairs"].setdefault(key(pair), {})[start] = scored(experiment, alone[pair[0]], second, pair)
         record.save(asked.output.stem, result | {"kept": summary(result)}, asked.output.resolve().parent)
         print(start, file=sys.stderr, flush=True)
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """`2/4` -> (2, 4)."""
-    part, count = (int(number) for number in text.split("/"))
-    if not 1 <= part <= count:
-        raise ValueError(f"wanted 1/{count} to {count}/{count}")
-    return part, count
 
 
 def seconds(experiment: Experiment, alone: dict[str, Any], pairs: list[Pair], start: str) -> dict[Pair, Any]:

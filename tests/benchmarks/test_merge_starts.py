@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.merge_starts import part_of, summary
+from benchmarks.merge_starts import summary
 from veneer.evaluate.foretold import foretell
 
 
@@ -44,10 +44,3 @@ def test_what_was_foretold_is_held_against_what_was_kept() -> None:
 def swapped(found: dict[str, Any]) -> dict[str, Any]:
     """The same with b first."""
     return {**found, "first": {"b": scores(0.8, 1.0)}, "second": {"a": scores(0.8, 1.0)}}
-
-
-def test_parts() -> None:
-    assert part_of("2/4") == (2, 4)
-    for text in ("0/4", "5/4", "2", "a/b"):
-        with pytest.raises(ValueError):
-            part_of(text)
