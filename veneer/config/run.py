@@ -95,7 +95,7 @@ class TrainSettings(Settings):
     )
     beta: float = Field(default=0.1, gt=0, description="of dpo: the larger, the nearer answers stay to the base's")
     learning_rate: RateOrAuto = Field(
-        default=None, description="peak learning rate; default: from the base's width, said aloud"
+        default=None, description="peak learning rate; default: from the base's width and the scale, said aloud"
     )
     num_train_epochs: float = Field(default=3.0, gt=0, description="passes over the data")
     max_steps: StepsOrUnlimited = Field(default=None, description="optimiser steps; wins over num_train_epochs")
