@@ -6,8 +6,8 @@ of METHODS, and by training one adapter on both tasks' rows. Every score is of t
 `benchmarks.multitask`. What is measured of a pair before merging (`features`) stands beside its scores. The file is
 written as it grows, and what it holds is not measured again; adapters lie in a folder beside it, for the next call.
 
-Several processes share the work by `--adapters-only` first, then a `--part N/M` each with an output of its own, then
-`--join` of those.
+Several processes share the work (`benchmarks.parts`): `--adapters-only` first, then a `--part N/M` each, then
+`--join` of their outputs.
 """
 
 from __future__ import annotations

@@ -57,5 +57,5 @@ def _print_foretold(found: Sequence[OnFile], names: Sequence[str], json: bool) -
 
 
 def _change(score: Score) -> str:
-    sure = "" if score.low is None or score.high is None else f" [{score.low:+.3f}, {score.high:+.3f}]"
+    sure = "" if score.low is None or score.high is None else f" [{score.low:+.2f}, {score.high:+.2f}]"
     return f"{score.score:+.3f}{sure}"
