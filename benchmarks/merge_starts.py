@@ -49,8 +49,8 @@ def main() -> None:
     pairs = experiment.drawn[first - 1 :: count]
     held = json.loads(asked.output.read_text(encoding="utf-8")) if asked.output.exists() else {}
     result: dict[str, Any] = {"base": held.get("base", {}), "pairs": held.get("pairs", {})}
-    for task in sorted({task for pair in pairs for task in pair} - set(result["base"])):
-        result["base"][task] = experiment.scores(task, None)
+    tasks = sorted({task for pair in pairs for task in pair})
+    experiment.each(tasks, result["base"], lambda task: experiment.scores(task, None))
     alone = experiment.alone()
     for start in STARTS:
         wanted = [pair for pair in pairs if start not in result["pairs"].get(key(pair), {})]

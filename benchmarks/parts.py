@@ -33,14 +33,14 @@ def main() -> None:
     asked = parser.parse_args()
     until = time.monotonic() + asked.seconds
     asked.folder.mkdir(parents=True, exist_ok=True)
-    begin = ["-m", "benchmarks.merge_quality", "--adapters", str(asked.adapters), "--adapters-only"]
+    adapters, devices, running = asked.adapters.resolve(), gpus(), []
+    begin = ["-m", "benchmarks.merge_quality", "--adapters", str(adapters), "--adapters-only"]
     subprocess.run([sys.executable, *begin], cwd=record.ROOT, check=True)
     outputs = [asked.folder.resolve() / f"{asked.name}-{n}.json" for n in range(1, asked.processes + 1)]
-    running = []
-    words_of = commands(asked.name, asked.adapters, outputs, until - time.monotonic() - ENDING)
+    words_of = commands(asked.name, adapters, outputs, until - time.monotonic() - ENDING)
     for place, (words, output) in enumerate(zip(words_of, outputs, strict=True)):
         with output.with_suffix(".log").open("w") as log:
-            environment = variables(place, gpus(), asked.processes)
+            environment = variables(place, devices, asked.processes)
             running.append(
                 subprocess.Popen([sys.executable, *words], cwd=record.ROOT, env=environment, stdout=log, stderr=log)
             )

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import multitask, record
+from benchmarks import lora_full, multitask, record
+from benchmarks.tasks import TASKS
 
 FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 SCALES = ((16, 32), (8, 32), (8, 16))  # (r, lora_alpha)
@@ -33,11 +34,8 @@ class Large(NamedTuple):
 
 
 LARGE = {
-    "e2e_nlg": Large("e2e_nlg/train.jsonl"),
-    "en_fr": Large("translation/en_fr_train.jsonl", "Translate into French."),
-    "sst2": Large("sentiment/sst2_train.jsonl", "Is the sentence positive or negative? Answer with one word."),
-    "geoquery": Large("sql/geoquery_train.jsonl", "Translate the question into SQL."),
-    "dialogsum": Large("summarization/dialogsum_train.jsonl", "Summarize the dialogue in one or two sentences."),
+    **{name: Large(task.train, task.system_prompt) for name, task in lora_full.TASKS.items()},
+    **{name: Large(TASKS[name]["files"][0], TASKS[name]["prompt"]) for name in ("sst2", "geoquery", "dialogsum")},
     "banking77": Large("intent/banking77_train.jsonl", "Name the customer's intent."),
     "gsm8k": Large("gsm8k/train.jsonl"),
     "alpaca": Large("instruct/alpaca_train.jsonl"),

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.adapter.conftest import adapter_for  # noqa: F401
 from tests.evaluate.pico_reader import pico_reader
+from veneer.adapter.attach import attach, detach
+from veneer.adapter.card import Adapter
+from veneer.adapter.take import take
+from veneer.config import LoraSettings
 from veneer.evaluate import foretold as module
 from veneer.evaluate.foretold import FEWEST, foretell, foretold, gain_kept
 from veneer.evaluate.inspection_page import write_inspection
@@ -44,17 +47,22 @@ def test_what_keeps_more_of_the_loss_is_told_more(one: float, other: float) -> N
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[OnFile, ...]:
-    from veneer.adapter.attach import attach, detach
-    from veneer.adapter.take import take
-    from veneer.config import LoraSettings
+def loaded() -> Any:
+    return pico_reader()
 
-    loaded = pico_reader()
-    adapters = []
+
+@pytest.fixture(scope="module")
+def adapters(loaded: Any) -> list[Adapter]:
+    made = []
     for seed in range(3):
         attach(loaded.model, LoraSettings(r=2), "made", seed=seed)
-        adapters.append(take(loaded.model, "made", base_name="pico"))
-        detach(loaded.model)
+        made.append(take(loaded.model, "made", base_name="pico"))
+        detach(loaded.model, "made")
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(loaded: Any, adapters: list[Adapter]) -> tuple[OnFile, ...]:
     rows = [[{"prompt": f"{n} + {k}", "completion": str(n + k)} for n in range(8)] for k in (1, 2, 3)]
     return on_data(loaded, adapters, NAMES, NAMES, rows)
 
@@ -83,10 +91,9 @@ def test_few_rows_foretell_nothing_and_it_is_said(found: tuple[OnFile, ...]) -> 
     assert silent[0].endswith("from fewer than 20 rows; one has 19 and two has 19")
 
 
-def test_the_page_has_it(found: tuple[OnFile, ...], adapter_for: Any, tmp_path: Path) -> None:  # noqa: F811
-    model = pico_reader().model
-    for n in range(3):
-        adapter_for(model, 2, n).save(tmp_path / NAMES[n])
+def test_the_page_has_it(found: tuple[OnFile, ...], adapters: list[Adapter], tmp_path: Path) -> None:
+    for name, adapter in zip(NAMES, adapters, strict=True):
+        adapter.save(tmp_path / name)
     inspection = inspect([str(tmp_path / name) for name in NAMES])
     write_inspection(str(tmp_path / "with.html"), inspection, keeping(found, dict.fromkeys(PLACES, 0.9)))
     assert "44% to 84%" in (tmp_path / "with.html").read_text(encoding="utf-8")
