@@ -133,7 +133,7 @@ class Experiment:
         """Everything, in parts that can be written."""
         mine = slice(self.first, None, self.every)
         tasks, drawn, pairs = self.tasks[mine], self.drawn[mine], self.pairs[mine]
-        self.each(tasks, self.result["base"], lambda task: self.scores(task, None))
+        self.each(tasks, self.result["base"], lambda task: self.scores([task], None)[task])
         yield "base"
         self.adapters = self.alone()
         self.each(tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
@@ -166,16 +166,17 @@ class Experiment:
     def merged(self, methods: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
         """Every pair by every method; merged by a process for every two cores, scored here."""
         workers = max(1, (os.cpu_count() or 1) // 2 // self.every)
-        with ProcessPoolExecutor(workers, get_context("spawn"), begin, (self.folder,)) as pool:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), begin, (self.folder,))
+        try:
             for name in methods:
                 left = [(name, pair) for pair in pairs if name not in self.entry(pair)]
-                for start in range(0, len(left), 2 * workers):
+                for (_, pair), made in zip(left, pool.map(merge, left), strict=True):  # merged ahead of being scored
                     self.check_time()
-                    part = left[start : start + 2 * workers]
-                    for (_, pair), made in zip(part, pool.map(merge, part), strict=True):
-                        adapter, kept = pickle.loads(made)
-                        self.entry(pair)[name] = self.score(adapter, pair) | {"kept": kept}
+                    adapter, kept = pickle.loads(made)
+                    self.entry(pair)[name] = self.score(adapter, pair) | {"kept": kept}
                 yield name
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def entry(self, pair: Pair) -> dict[str, Any]:
         return self.result["pairs"].setdefault(key(pair), {})
@@ -190,18 +191,20 @@ class Experiment:
         if time.monotonic() > self.until:
             raise OutOfTime
 
-    def score(self, adapter: Any, tasks: Any) -> dict[str, Any]:
+    def score(self, adapter: Any, tasks: Sequence[str]) -> dict[str, Any]:
         """Score and loss of these tasks with the adapter on: of the test rows, and of those held out of training."""
         from veneer.adapter.attach import attach, detach
 
         attach(self.loaded.model, adapter, "scored")
-        found = {task: self.scores(task, "scored") for task in tasks}
+        found = self.scores(tasks, "scored")
         detach(self.loaded.model, "scored")
         return found
 
-    def scores(self, task: str, slot: str | None) -> dict[str, Any]:
-        """Of what `slot` makes of the task's test rows, and of those held out of training."""
-        return self.tests[task].scores(self.loaded, slot) | {"held": self.held[task].scores(self.loaded, slot)}
+    def scores(self, tasks: Sequence[str], slot: str | None) -> dict[str, Any]:
+        """Of what `slot` makes of each task's test rows, and of those held out of training."""
+        tests = [part[task] for task in tasks for part in (self.tests, self.held)]
+        found = multitask.scores(self.loaded, slot, tests)
+        return {task: of | {"held": held} for task, of, held in zip(tasks, found[::2], found[1::2], strict=True)}
 
     def made(self, wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
         """Adapters trained on these tasks' rows, from the folder where they lie there."""

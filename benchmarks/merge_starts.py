@@ -50,12 +50,14 @@ def main() -> None:
     held = json.loads(asked.output.read_text(encoding="utf-8")) if asked.output.exists() else {}
     result: dict[str, Any] = {"base": held.get("base", {}), "pairs": held.get("pairs", {})}
     tasks = sorted({task for pair in pairs for task in pair})
-    experiment.each(tasks, result["base"], lambda task: experiment.scores(task, None))
+    experiment.each(tasks, result["base"], lambda task: experiment.scores([task], None)[task])
     alone = experiment.alone()
+    firsts = {task: experiment.score(alone[task], [task]) for task in sorted({first for first, _ in pairs})}
     for start in STARTS:
         wanted = [pair for pair in pairs if start not in result["pairs"].get(key(pair), {})]
         for pair, second in seconds(experiment, alone, wanted, start).items():
-            result["pairs"].setdefault(key(pair), {})[start] = scored(experiment, alone[pair[0]], second, pair)
+            found = {"first": firsts[pair[0]], **scored(experiment, alone[pair[0]], second, pair)}
+            result["pairs"].setdefault(key(pair), {})[start] = found
         record.save(asked.output.stem, result | {"kept": summary(result)}, asked.output.resolve().parent)
         print(start, file=sys.stderr, flush=True)
 
@@ -89,7 +91,7 @@ def scored(experiment: Experiment, first: Any, second: Any, pair: Pair) -> dict[
     from veneer.merge.apply import combine
     from veneer.merge.recipe import Recipe
 
-    found = {"second": experiment.score(second, [pair[1]]), "first": experiment.score(first, [pair[0]])}
+    found = {"second": experiment.score(second, [pair[1]])}
     for name, (method, weights, options) in LINEAR.items():
         merged, _ = combine([first, second], Recipe(method, weights, options), progress=False)
         found[name] = experiment.score(merged, pair)

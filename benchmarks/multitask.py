@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ DATA = record.ROOT / os.environ.get("VENEER_DATA", "../shared/data") / "multitas
 RANK, BATCH, EPOCHS, HELD_OUT = 8, 16, 4.0, 30
 BY_TOKENS = ("pos_tags",)
 AT_ONCE = 24  # adapters that are trained in one loop
+TOKENS = 16384  # of a pass that scores
 Row = dict[str, Any]
 
 
@@ -63,7 +65,7 @@ def _trained(
         attach(loaded.model, lora, name, seed=seed)
         examples = encoded(loaded, mine)
         held, kept = examples[:HELD_OUT], examples[HELD_OUT:]
-        rate = choose_rate(train, LoraSettings(), loaded.model.config, total_steps(train, len(kept))).value
+        rate = choose_rate(train, lora, loaded.model.config, total_steps(train, len(kept))).value
         methods = methods_of(loaded.model, name)
         apart = orthogonality(earlier.get(name, ()), loaded.model, methods, OrthogonalToSettings())
         jobs.append(Job(name, train, kept, held, rate, methods, orthogonality=apart))
@@ -99,11 +101,9 @@ class Test:
         assert len(self.examples) == len(answers)
         self.count = len(found)
 
-    def scores(self, loaded: Any, slot: str | None) -> dict[str, float]:
-        """`score`: the mean over rows; `loss`: nats a token of each row's first right answer."""
-        from veneer.model.likelihood import sequence_likelihoods
-
-        found = sequence_likelihoods(loaded.model, self.examples, slot, 16384)
+    def scores(self, found: Sequence[Any]) -> dict[str, float]:
+        """Of the likelihoods of all examples. `score`: the mean over rows; `loss`: nats a token of each row's first
+        right answer."""
         values: list[float] = [0.0] * self.count
         first: dict[int, Any] = {}
         for owner, likelihood in zip(self.owners, found, strict=True):
@@ -112,3 +112,12 @@ class Test:
             first.setdefault(owner, likelihood)
         nll, tokens = sum(each.nll for each in first.values()), sum(each.tokens for each in first.values())
         return {"score": sum(values) / self.count, "loss": nll / tokens}
+
+
+def scores(loaded: Any, slot: str | None, tests: Sequence[Test]) -> list[dict[str, float]]:
+    """Of each test with `slot` on; the rows of all of them share their passes, since those of one fill none."""
+    from veneer.model.likelihood import sequence_likelihoods
+
+    examples = [example for test in tests for example in test.examples]
+    found = iter(sequence_likelihoods(loaded.model, examples, slot, TOKENS))
+    return [test.scores(list(islice(found, len(test.examples)))) for test in tests]
