@@ -1,10 +1,11 @@
 """What merging two adapters costs: 24 tasks, all 276 pairs: `python -m benchmarks.merge_quality [--seconds 1500]`.
 
 Each task has an adapter of its own on SmolLM2-135M (135M parameters, whose weights were stored in 4 bits once). All
-pairs are merged by `linear` with weights of 1/2 each and of 1 each; PAIRS of them, drawn once, by every other method
-of METHODS, and by training one adapter on both tasks' rows. Every score is of the test file, each task's own, see
-`benchmarks.multitask`. What is measured of a pair before merging (`features`) stands beside its scores. The file is
-written as it grows, and what it holds is not measured again; adapters lie in a folder beside it, for the next call.
+pairs are merged by `linear` with weights of 1/2 each and of 1 each; PAIRS of them, drawn once, by every other method of
+METHODS, by those of ON_ROWS, which read rows that training held out, and by training one adapter on both tasks' rows.
+Every score is of the test file, each task's own, see `benchmarks.multitask`. What is measured of a pair before merging
+(`features`) stands beside its scores. The file is written as it grows, and what it holds is not measured again;
+adapters lie in a folder beside it, for the next call.
 
 Several processes share the work (`benchmarks.parts`): `--adapters-only` first, then a `--part N/M` each, then
 `--join` of their outputs.
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import combinations
@@ -40,12 +42,20 @@ METHODS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
     "magnitude": ("magnitude", (1.0, 1.0), {}),
     "ties": ("ties", (1.0, 1.0), {"density": 0.5}),
     "dare_linear": ("dare_linear", (1.0, 1.0), {"density": 0.7}),
+    "dare_ties": ("dare_ties", (1.0, 1.0), {"density": 0.7}),
     "knots": ("knots", (1.0, 1.0), {"density": 0.5}),
     "core": ("core", (1.0, 1.0), {"density": 0.5}),
     "tsv_m": ("tsv_m", (1.0, 1.0), {}),
     "iso_c": ("iso_c", (1.0, 1.0), {}),
+    "iso_cts": ("iso_cts", (1.0, 1.0), {}),
     "orthogonal": ("orthogonal", (1.0, 1.0), {}),
     "compress": ("compress", (1.0, 1.0), {"rank": multitask.RANK}),
+}
+ON_ROWS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {  # read the held-out rows of both tasks
+    "regmean": ("regmean", (1.0, 1.0), {}),
+    "lorahub": ("lorahub", (0.5, 0.5), {}),
+    "lora_soups": ("lora_soups", (0.5, 0.5), {}),
+    "svd on rows": ("svd", (0.5, 0.5), {"rank": multitask.RANK, "activation_aware": True}),
 }
 JOINT, JOINED = "joint", "--"
 GROUPS = ("base", "alone", "half", "features", "pairs")  # of entries, in the file
@@ -146,6 +156,7 @@ class Experiment:
         yield from self.merged(LINEAR, drawn)
         yield from self.merged(METHODS, drawn)
         yield from self.merged(LINEAR, pairs)
+        yield from self.merged_on_rows(drawn)
         joint = self.made({key(pair): pair for pair in drawn})
         for pair in drawn:
             if JOINT not in self.entry(pair):
@@ -169,6 +180,7 @@ class Experiment:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), begin, (self.folder,))
         try:
             for name in methods:
+                self.check_time()
                 left = [(name, pair) for pair in pairs if name not in self.entry(pair)]
                 for (_, pair), made in zip(left, pool.map(merge, left), strict=True):  # merged ahead of being scored
                     self.check_time()
@@ -176,7 +188,34 @@ class Experiment:
                     self.entry(pair)[name] = self.score(adapter, pair) | {"kept": kept}
                 yield name
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def merged_on_rows(self, pairs: list[Pair]) -> Iterator[str]:
+        """Every pair by the methods that read rows, of the 30 of each task that chose its adapter's best step."""
+        from veneer.merge.apply import combine
+        from veneer.merge.recipe import Recipe
+
+        for name, (method, weights, options) in ON_ROWS.items():
+            for pair in pairs:
+                if name not in self.entry(pair):
+                    self.check_time()
+                    adapters = [self.adapters[task] for task in pair]
+                    with self.on_base(pair) as parents:
+                        adapter, report = combine(adapters, Recipe(method, weights, options), False, None, parents)
+                    self.entry(pair)[name] = self.score(adapter, pair) | {"kept": report.kept}
+            yield name
+
+    @contextmanager
+    def on_base(self, pair: Pair) -> Iterator[Any]:
+        """Both adapters on the base, in slots of their tasks' names."""
+        from veneer.adapter.attach import attach, detach
+        from veneer.merge.on_base import OnBase
+
+        for task in pair:
+            attach(self.loaded.model, self.adapters[task], task)
+        yield OnBase(self.loaded, pair, {task: self.held[task].examples for task in pair})
+        for task in pair:
+            detach(self.loaded.model, task)
 
     def entry(self, pair: Pair) -> dict[str, Any]:
         return self.result["pairs"].setdefault(key(pair), {})

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import multitask, record
 from benchmarks.merge_quality import JOINED, LINEAR, SEED, Experiment, Pair, join, key, part_of
-from benchmarks.merge_verdict import MERGED, kept, over_tasks
+from benchmarks.merge_verdict import GAIN, MERGED, gain, kept, over_tasks
 from veneer.evaluate.foretold import Foretold, foretell, gain_kept
 
 STARTS = ("shared", "other", "orthogonal", "data")
@@ -100,10 +100,15 @@ def scored(experiment: Experiment, first: Any, second: Any, pair: Pair) -> dict[
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """By start and weights: of its gain in score, what the worse of the two tasks keeps, the mean over pairs, and that
-    less the same of STARTS[0] with its 95 % interval over tasks; over pairs that have all starts there are."""
+    less the same of STARTS[0], and of STARTS[1], with its 95 % interval over tasks; over pairs that have all starts
+    there are, and whose tasks gain GAIN or more by their adapters of STARTS[0]."""
     pairs = result["pairs"]
     starts = [start for start in STARTS if any(start in found for found in pairs.values())]
-    common = [pair for pair, found in pairs.items() if all(start in found for start in starts)]
+    common = [
+        pair
+        for pair, found in pairs.items()
+        if all(start in found for start in starts) and _gain(result["base"], pair.split(JOINED), found) >= GAIN
+    ]
     shares = {
         (start, name): {pair: _worse(result["base"], pair.split(JOINED), pairs[pair][start], name) for pair in common}
         for start in starts
@@ -115,7 +120,10 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
             name.replace(" ", "_"): {
                 "pairs": len(common),
                 "kept": round(float(np.mean(list(shares[start, name].values()))), 4),
-                "less_shared": over_tasks({p: shares[start, name][p] - shares[STARTS[0], name][p] for p in common}),
+                **{
+                    f"less_{other}": over_tasks({p: shares[start, name][p] - shares[other, name][p] for p in common})
+                    for other in starts[:2]
+                },
             }
             for name in LINEAR
         }
@@ -126,7 +134,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 def agreement(told: Sequence[Foretold], kept: Sequence[float]) -> dict[str, float | None]:
     """Of what `veneer inspect` foretells from held-out rows: its correlation with what was kept, and how often that lay
-    in the range told, of four of five pairs that the line was fitted on."""
+    in the range told, in which four of five pairs lay whose tasks the curve was not fitted on. The tasks of these pairs
+    are among those of the fit, and of STARTS[0] the very adapters."""
     within = [one.low <= share <= one.high for one, share in zip(told, kept, strict=True)]
     correlation = round(float(np.corrcoef([one.share for one in told], kept)[0, 1]), 4) if len(told) > 1 else None
     return {"correlation": correlation, "within": round(float(np.mean(within)), 4)}
@@ -136,6 +145,12 @@ def _worse(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any
     """What the worse of the two keeps of its gain in score, on test rows."""
     alone = dict(zip(pair, ("first", "second"), strict=True))
     return min(kept(base[task], found[alone[task]][task], found[name][task]) for task in pair)
+
+
+def _gain(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
+    """In score, of the adapter that gains less of the two."""
+    alone = found[STARTS[0]]
+    return min(gain(base[task], alone[own][task]) for task, own in zip(pair, ("first", "second"), strict=True))
 
 
 def _told(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> Foretold:

@@ -8,15 +8,16 @@ needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regre
 - cosine: of the two updates;
 - weights: all that `veneer inspect A B` measures without data;
 - rows: what a merge keeps of the gain in loss on 30 rows that neither was trained on (by which each adapter's best step
-  was chosen), the worse of the two, k: as log(1.1 - k), since the last hundredths of loss decide about answers (chosen
-  by looking at these pairs);
+  was chosen), the worse of the two, k: as log(1.1 - k), since the last hundredths of loss decide about answers, and by
+  a logistic curve (both chosen by looking at these pairs, the former at 60 of them);
 - half: the same of each adapter alone at half its weight, without the other;
 
-and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of 16 tasks,
-judged on pairs of the other 8. Told are AUC (may the pair be merged?), how often of two pairs the better one is told
-so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best choice's
-worth, beside always merging, always routing and always retraining (where pairs were retrained); the latter at other
-prices too. `rows`, fitted on all pairs, is what `veneer inspect --dataset` foretells shares by.
+and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of two thirds of
+them, judged on pairs of the others. Told are AUC (may the pair be merged?), how often of two pairs the better one is
+told so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best choice's
+worth, beside always merging, always routing and always retraining (a pair that was not retrained counts as the mean of
+those that were); the latter at other prices too. `rows`, fitted on all pairs, is what `veneer inspect --dataset`
+foretells shares by. Pairs of a task whose own adapter gains next to nothing are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.merge_quality import JOINED, JOINT
-from veneer.evaluate.foretold import gain_kept, log_lost
+from veneer.evaluate.foretold import gain_kept, log_lost, share_kept
 
 MERGED = "linear 1/2"
 ROUTE, RETRAIN = 0.2, 0.3  # of the worse task's gain, what one would give up to be spared it
@@ -46,9 +47,10 @@ RIDGE = 1.0  # on standardised columns, beside one unit a pair
 BINS = 5
 DRAWS = 2000  # of the bootstrap
 GOOD = 0.9  # share of its gain from which on a task counts as kept
-GAIN = 0.02  # a task whose own adapter gains less has nothing to lose
+GAIN = 0.1  # in score; of a task whose own adapter gains less, a few answers of a hundred are all there is to keep
+ROUNDS = 50  # of fitting a curve
 CHOICES = ("merge", "route", "retrain")
-MEASURED = ("rows", "half")  # what an older file lacks
+MEASURED = ("rows", "half")  # by a curve; what an older file lacks
 Array = np.ndarray
 
 
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, default=record.RESULTS / "merge_quality.json")
     asked = parser.parse_args()
     try:
-        held = json.loads(asked.input.read_text(encoding="utf-8"))
+        held = gaining(json.loads(asked.input.read_text(encoding="utf-8")))
         pairs = read(held)
     except KeyError as error:
         sys.exit(f"{asked.input} lacks {error}; next: python -m benchmarks.merge_quality")
@@ -79,6 +81,12 @@ def main() -> None:
     for line in (*methods_table(result["methods"]), "", *table(result), "", *prices_table(result["lost_by_price"])):
         print(line)
     record.save("merge_verdict", result)
+
+
+def gaining(held: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, without the pairs of tasks whose own adapters gain less than GAIN."""
+    tasks = {task for task, own in held["alone"].items() if gain(held["base"][task], own[task]) >= GAIN}
+    return {**held, "pairs": {pair: found for pair, found in held["pairs"].items() if tasks >= {*pair.split(JOINED)}}}
 
 
 def read(held: Mapping[str, Any]) -> Pairs:
@@ -138,10 +146,13 @@ def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any
     return min(kept(held["base"][task], held["alone"][task][task], found[task]) for task in pair)
 
 
+def gain(base: Mapping[str, float], alone: Mapping[str, float]) -> float:
+    return alone["score"] - base["score"]
+
+
 def kept(base: Mapping[str, float], alone: Mapping[str, float], merged: Mapping[str, float]) -> float:
-    """What a merged adapter keeps of a task's gain in score, at most 1."""
-    gain = alone["score"] - base["score"]
-    return min(1.0, (merged["score"] - base["score"]) / gain) if gain > GAIN else 1.0
+    """What a merged adapter keeps of a task's gain in score, at most 1. Raises ZeroDivisionError without a gain."""
+    return min(1.0, gain(base, merged) / gain(base, alone))
 
 
 def _on_rows(held: Mapping[str, Any], tasks: Sequence[Any], scores: Callable[[Any, str], Any]) -> Array:
@@ -168,23 +179,33 @@ def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
 
 
 def fitted(pairs: Pairs) -> dict[str, Any]:
-    """The line through all pairs by FORETOLD_BY; and of pairs of tasks that a line was not fitted on, a third of them
+    """The curve through all pairs by FORETOLD_BY; and of pairs of tasks that a curve was not fitted on, a third of them
     each from the lowest shares told to the highest: up to which share told, and how far off what was kept lay, MIDDLE
     of them."""
-    x, share = pairs.columns[FORETOLD_BY][:, 0], pairs.worth[:, 0]
-    slope, constant = np.polyfit(x, share, 1)
+    x, share = pairs.columns[FORETOLD_BY], pairs.worth[:, 0]
+    constant, slope = curve_through(x[:, 0], share)
     told, off = [], []
     for fit, test in splits_of(pairs.tasks):
-        told.append(np.polyval(np.polyfit(x[fit], share[fit], 1), x[test]))
+        told.append(foretold(FORETOLD_BY, x[fit], share[fit], x[test]))
         off.append(share[test] - told[-1])
     tops = np.quantile(np.concatenate(told), [1 / 3, 2 / 3]).round(2).tolist()
     place = np.searchsorted(tops, np.concatenate(told))
     ranges = [np.percentile(np.concatenate(off)[place == third], MIDDLE).round(2).tolist() for third in range(3)]
     return {
-        "constant": round(float(constant), 3),
-        "slope": round(float(slope), 3),
+        "constant": round(constant, 3),
+        "slope": round(slope, 3),
         "off": [[top, *ends] for top, ends in zip([*tops, 1.0], ranges, strict=True)],
     }
+
+
+def curve_through(x_P: Array, y_P: Array) -> tuple[float, float]:
+    """Constant and slope of `share_kept` with the least squares, by Gauss-Newton with bounded steps."""
+    found = np.zeros(2)
+    for _ in range(ROUNDS):
+        told = share_kept(x_P, *found)
+        slopes_P2 = (told * (1 - told))[:, None] * np.stack([np.ones(len(x_P)), x_P], axis=1)
+        found += np.clip(np.linalg.lstsq(slopes_P2, y_P - told, rcond=None)[0], -0.5, 0.5)
+    return float(found[0]), float(found[1])
 
 
 def splits_of(tasks: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]:
@@ -210,7 +231,7 @@ def judged(pairs: Pairs) -> dict[str, Any]:
             worth[np.isnan(worth[:, 2]), 2] = np.nanmean(worth[fit, 2])
         usual = worth[fit].mean(0)
         for name, columns in pairs.columns.items():
-            told = foretold(columns[fit], worth[fit, 0], columns[test])
+            told = foretold(name, columns[fit], worth[fit, 0], columns[test])
             known = np.stack([told, *(np.full(len(told), one) for one in usual[1:])], axis=1)
             found[name].append({"told": told, "usual": usual[0], "worth": worth[test], "choice": known.argmax(1)})
         for place, name in enumerate(choices):
@@ -227,7 +248,14 @@ def judged(pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def foretold(x_PC: Array, y_P: Array, new_QC: Array) -> Array:
+def foretold(name: str, x_PC: Array, y_P: Array, new_QC: Array) -> Array:
+    """By what was measured on rows: a curve through its one column; else by `ridge`."""
+    if name in MEASURED:
+        return np.asarray(share_kept(new_QC[:, 0], *curve_through(x_PC[:, 0], y_P)))
+    return ridge(x_PC, y_P, new_QC)
+
+
+def ridge(x_PC: Array, y_P: Array, new_QC: Array) -> Array:
     """Ridge regression on standardised columns, with a constant."""
     mean_C, scale_C = x_PC.mean(0), x_PC.std(0)
     scale_C[scale_C == 0] = 1.0

@@ -15,25 +15,30 @@ from benchmarks.merge_verdict import (
     by_price,
     calibration,
     fitted,
-    foretold,
+    gaining,
     judged,
     methods_table,
     prices_table,
     read,
+    ridge,
     table,
 )
+
+
+def _logit(share: np.ndarray) -> np.ndarray:
+    return np.log(share / (1 - share))
 
 
 def _pairs(seed: int = 0, tasks: int = 18) -> Pairs:
     """Every task is mergeable or not; `rows` sees that through a little noise, `cosine` is noise."""
     draw = np.random.default_rng(seed)
-    soft = draw.uniform(0.3, 1.0, tasks)
+    soft = draw.uniform(0.3, 0.99, tasks)
     pairs = list(itertools.combinations(range(tasks), 2))
     share = np.array([min(soft[i], soft[j]) for i, j in pairs])
     worth = np.stack([share, np.full(len(pairs), 0.6), np.full(len(pairs), 0.55)], axis=1)
     columns = {
         "cosine": draw.normal(size=(len(pairs), 1)),
-        "rows": (share + draw.normal(scale=0.02, size=len(pairs)))[:, None],
+        "rows": (_logit(share) + draw.normal(scale=0.1, size=len(pairs)))[:, None],
     }
     return Pairs([(f"t{i}", f"t{j}") for i, j in pairs], worth, columns)
 
@@ -65,7 +70,7 @@ def test_ridge_is_least_squares_where_there_is_much() -> None:
     x = draw.normal(size=(4000, 3))
     y = x @ [1.0, -2.0, 0.5] + 3
     new = draw.normal(size=(5, 3))
-    np.testing.assert_allclose(foretold(x, y, new), new @ [1.0, -2.0, 0.5] + 3, atol=5e-3)
+    np.testing.assert_allclose(ridge(x, y, new), new @ [1.0, -2.0, 0.5] + 3, atol=5e-3)
 
 
 def test_auc_and_calibration() -> None:
@@ -122,14 +127,23 @@ def test_prices_change_the_best_choice_and_nothing_else() -> None:
     assert prices_table(told)[2].split()[0] == "10"
 
 
-def test_the_line_through_all_pairs() -> None:
+def test_the_curve_through_all_pairs() -> None:
     pairs = _pairs()
-    pairs.columns["rows"] = (pairs.worth[:, :1] - 0.25) / 0.5
+    pairs.columns["rows"] = _logit(pairs.worth[:, :1]) * 0.5 + 0.25
     told = fitted(pairs)
-    assert told["constant"] == pytest.approx(0.25, abs=0.01) and told["slope"] == pytest.approx(0.5, abs=0.01)
+    assert told["constant"] == pytest.approx(-0.5, abs=0.01) and told["slope"] == pytest.approx(2.0, abs=0.01)
     tops, *ends = zip(*told["off"], strict=True)
     assert list(tops) == sorted(tops) and tops[-1] == 1.0
     np.testing.assert_allclose(ends, 0, atol=0.01)
+
+
+def test_pairs_of_a_task_that_has_nothing_to_keep_are_left_out() -> None:
+    held = {
+        "base": {"a": {"score": 0.0}, "b": {"score": 0.5}, "c": {"score": 0.01}},
+        "alone": {"a": {"a": {"score": 0.9}}, "b": {"b": {"score": 0.7}}, "c": {"c": {"score": 0.04}}},
+        "pairs": {"a--b": {}, "a--c": {}, "b--c": {}},
+    }
+    assert list(gaining(held)["pairs"]) == ["a--b"]
 
 
 def test_concordance() -> None:

@@ -1,7 +1,7 @@
 """What a merge of two adapters would keep of what they can do, foretold from the loss of a few rows of each.
 
 The weights (cosine, overlap, signs, interference) foretell nothing of it, the loss does. A share and no verdict:
-whether it is enough depends on what serving both would cost. Fitted on 276 pairs of 24 small tasks on one model, judged
+whether it is enough depends on what serving both would cost. Fitted on 253 pairs of 23 small tasks on one model, judged
 with tasks left out, by `python -m benchmarks.merge_verdict`.
 """
 
@@ -12,18 +12,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from veneer.evaluate.on_data import Beside, OnFile
 
-# The share of its gain in score that the worse task keeps: a line over `log_lost`. Up to a share that was foretold,
-# between what lower and upper differences four of five pairs lay whose tasks the line had not seen.
-CONSTANT, SLOPE = 0.023, -0.352
-OFF = ((0.35, -0.3, 0.29), (0.6, -0.34, 0.27), (1.0, -0.26, 0.22))
+# Of the curve of `share_kept`; and up to a share that it tells, between what lower and upper differences four of five
+# pairs lay whose tasks it was not fitted on.
+CONSTANT, SLOPE = -2.761, -2.05
+OFF = ((0.29, -0.18, 0.31), (0.64, -0.3, 0.29), (1.0, -0.25, 0.16))
 FEWEST = 20  # rows; it was fitted on 30 of each task
 TITLE = "what a merge would keep"
 HEADS = ("pair", "foretold", "four of five")
 LEGEND = (
-    "foretold: of its gain in exact answers, what the worse of the two keeps in A/2 + B/2, told from `kept` as 276 "
+    "foretold: of its gain in exact answers, what the worse of the two keeps in A/2 + B/2, told from `kept` as 253 "
     "pairs of small tasks on one model had it; serving both keeps all (docs/merging.md)"
 )
 
@@ -36,6 +38,14 @@ def gain_kept(base: float, alone: float, merged: float) -> float:
 def log_lost(loss_kept: float) -> float:
     """log(1.1 - k) of the share k of a gain in loss: where little is lost, each hundredth counts for more."""
     return math.log(1.1 - max(-1.0, min(1.0, loss_kept)))
+
+
+def share_kept(lost: Any, constant: float = CONSTANT, slope: float = SLOPE) -> Any:
+    """Of its gain in score, what the worse task keeps: a logistic curve over `log_lost`, of a number or an array.
+
+    Merged answers turn wrong together: where half of a gain in loss is lost, next to nothing of the score is left.
+    """
+    return 1 / (1 + np.exp(-(constant + slope * lost)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Foretold:
 
 def foretell(first: int, second: int, loss_kept: float) -> Foretold:
     """loss_kept: of its gain in loss on its own data, what the worse of the two keeps in A/2 + B/2."""
-    share = CONSTANT + SLOPE * log_lost(loss_kept)
+    share = float(share_kept(log_lost(loss_kept)))
     low, high = next((low, high) for top, low, high in OFF if share <= top)
     return Foretold(first, second, share, share + low, min(1.0, share + high))
 
