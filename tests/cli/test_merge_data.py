@@ -18,7 +18,6 @@ from veneer.adapter.card import Adapter
 from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.config.merging import data_methods
-from veneer.evaluate.merged import labels_of
 from veneer.evaluate.metrics import LIKELIHOOD
 from veneer.merge.on_base import OF_TOKENS
 from veneer.model.load import load
@@ -256,15 +255,3 @@ def test_a_method_that_reads_data_asks_for_it(veneer: Callable[..., Any], out: P
         (out / f"{name}.jsonl").write_text(json.dumps(rows(0, 1)[0]) + "\n")
     answer = veneer("merge", "a", "b", "--method", method, "--dataset", "a.jsonl", "b.jsonl", "-o", "d")
     assert answer.code == 2 and answer.err.count("wanted two rows at least: one to read, one to judge by") == 2
-
-
-@pytest.mark.parametrize(
-    ("folders", "labels"),
-    [
-        (["out/a", "out/b c"], ["a", "b_c"]),
-        (["x/a", "y/a", "a_1"], ["a_1", "a_2", "a_1_3"]),
-        (["merged", "b"], ["merged_1", "b_2"]),
-    ],
-)
-def test_every_adapter_has_a_name_of_its_own_in_the_tables(folders: list[str], labels: list[str]) -> None:
-    assert labels_of(folders) == labels

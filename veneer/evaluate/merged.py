@@ -8,7 +8,6 @@ be kept. It is chosen on the rows that it is compared on, which favours it, neve
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from veneer.adapter.card import Adapter
 from veneer.evaluate.intervals import Score
+from veneer.evaluate.labels import labels_of
 from veneer.evaluate.metrics import LOWER_IS_BETTER
 from veneer.evaluate.result import DIFFERENCES, Result
 from veneer.evaluate.run import evaluate
@@ -93,7 +93,7 @@ def compare_merged(
 
     on_base: with the merged adapter in the slot MERGED. Raises what `evaluate` raises.
     """
-    labels = labels_of(folders)
+    labels = labels_of(folders, {MERGED, BASE, *DIFFERENCES})
     slots = {MERGED: MERGED, BASE: None, **dict(zip(labels, on_base.slots, strict=True))}
     results = []
     for label, adapter, one in zip(labels, adapters, rows, strict=True):
@@ -114,13 +114,6 @@ def compare_merged(
     best = (min if first in LOWER_IS_BETTER else max)(labels, key=means.__getitem__)
     names, hashes = tuple(one.name for one in rows), tuple(one.sha256 for one in rows)
     return Compared(tuple(labels), names, hashes, tuple(results), best)
-
-
-def labels_of(folders: Sequence[str]) -> list[str]:
-    """The folders' names; with their place behind them where two are alike, or one is called like something else."""
-    names = [re.sub(r"[^A-Za-z0-9_-]", "_", Path(folder).resolve().name)[:50] for folder in folders]
-    unique = len(set(names)) == len(names) and not {MERGED, BASE, "", *DIFFERENCES} & set(names)
-    return names if unique else [f"{name}_{place}" for place, name in enumerate(names, start=1)]
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from veneer.adapter.attach import attach, is_name
+from veneer.adapter.attach import attach
 from veneer.adapter.card import Adapter
 from veneer.adapter.take import storage_note
 from veneer.config import EvalSettings
@@ -18,7 +16,9 @@ from veneer.data.files import Row
 from veneer.data.sources import read_source
 from veneer.errors import ConfigError
 from veneer.evaluate.harness import check_installed, evaluate_tasks
+from veneer.evaluate.labels import labels_of
 from veneer.evaluate.metrics import check_names
+from veneer.evaluate.result import DIFFERENCES
 from veneer.evaluate.run import Result, evaluate
 from veneer.model.load import load
 
@@ -99,8 +99,4 @@ def _labels(folders: list[str]) -> dict[str, str]:
     """One adapter is called 'adapter', several by their folders' names."""
     if len(folders) == 1:
         return {"adapter": folders[0]}
-    names = [re.sub(r"[^A-Za-z0-9_-]", "_", Path(folder).resolve().name)[:50] for folder in folders]
-    unique = [
-        name if names.count(name) == 1 and is_name(name) else f"{name}_{i}" for i, name in enumerate(names, start=1)
-    ]
-    return dict(zip(unique, folders, strict=True))
+    return dict(zip(labels_of(folders, DIFFERENCES), folders, strict=True))
