@@ -43,7 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "geoquery": {
         "files": ("sql/geoquery_train.jsonl", "sql/geoquery_test.jsonl"),
         "prompt": "Translate the question into SQL.",
-        "train": {"num_train_epochs": 3},
+        "train": {"num_train_epochs": 2.5},
         "eval": {"metrics": "loss,exact_match,benchmarks/same_rows.py:same_rows", "max_new_tokens": 160},
     },
 }
