@@ -1,11 +1,11 @@
 """What merging two adapters costs: 24 tasks, all 276 pairs: `python -m benchmarks.merge_quality [--seconds 1500]`.
 
 Each task has an adapter of its own on SmolLM2-135M (135M parameters, whose weights were stored in 4 bits once). All
-pairs are merged by `linear` with weights of 1/2 each and of 1 each; PAIRS of them, drawn once, by every other method of
-METHODS, by those of ON_ROWS, which read rows that training held out, and by training one adapter on both tasks' rows.
-Every score is of the test file, each task's own, see `benchmarks.multitask`. What is measured of a pair before merging
-(`features`) stands beside its scores. The file is written as it grows, and what it holds is not measured again;
-adapters lie in a folder beside it, for the next call.
+pairs are merged by `linear` with weights of 1 each, as the result comes and at half its scale (weights of 1/2); PAIRS
+of them, drawn once, by every other method of METHODS at both scales, by those of ON_ROWS, which read rows that training
+held out, and by training one adapter on both tasks' rows. Every score is of the test file, each task's own, see
+`benchmarks.multitask`. What is measured of a pair before merging (`features`) stands beside its scores. The file is
+written as it grows, and what it holds is not measured again; adapters lie in a folder beside it, for the next call.
 
 Several processes share the work (`benchmarks.parts`): `--adapters-only` first, then a `--part N/M` each, then
 `--join` of their outputs.
@@ -33,23 +33,21 @@ from typing import Any
 from benchmarks import multitask, record
 
 PAIRS, SEED = 60, 0
-LINEAR: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
-    "linear 1/2": ("linear", (0.5, 0.5), {}),
-    "linear 1": ("linear", (1.0, 1.0), {}),
-}
-METHODS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
-    "svd": ("svd", (1.0, 1.0), {"rank": multitask.RANK}),
-    "magnitude": ("magnitude", (1.0, 1.0), {}),
-    "ties": ("ties", (1.0, 1.0), {"density": 0.5}),
-    "dare_linear": ("dare_linear", (1.0, 1.0), {"density": 0.7}),
-    "dare_ties": ("dare_ties", (1.0, 1.0), {"density": 0.7}),
-    "knots": ("knots", (1.0, 1.0), {"density": 0.5}),
-    "core": ("core", (1.0, 1.0), {"density": 0.5}),
-    "tsv_m": ("tsv_m", (1.0, 1.0), {}),
-    "iso_c": ("iso_c", (1.0, 1.0), {}),
-    "iso_cts": ("iso_cts", (1.0, 1.0), {}),
-    "orthogonal": ("orthogonal", (1.0, 1.0), {}),
-    "compress": ("compress", (1.0, 1.0), {"rank": multitask.RANK}),
+SCALES = {"1/2": 0.5, "1": 1.0}  # of what comes out with weights of 1 each
+LINEAR: dict[str, tuple[str, dict[str, Any]]] = {"linear": ("linear", {})}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "svd": ("svd", {"rank": multitask.RANK}),
+    "magnitude": ("magnitude", {}),
+    "ties": ("ties", {"density": 0.5}),
+    "dare_linear": ("dare_linear", {"density": 0.7}),
+    "dare_ties": ("dare_ties", {"density": 0.7}),
+    "knots": ("knots", {"density": 0.5}),
+    "core": ("core", {"density": 0.5}),
+    "tsv_m": ("tsv_m", {}),
+    "iso_c": ("iso_c", {}),
+    "iso_cts": ("iso_cts", {}),
+    "orthogonal": ("orthogonal", {}),
+    "compress": ("compress", {"rank": multitask.RANK}),
 }
 ON_ROWS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {  # read the held-out rows of both tasks
     "regmean": ("regmean", (1.0, 1.0), {}),
@@ -148,7 +146,7 @@ class Experiment:
         self.adapters = self.alone()
         self.each(tasks, self.result["alone"], lambda task: self.score(self.adapters[task], self.tasks))
         yield "alone"
-        self.each(tasks, self.result["half"], lambda task: self.score(halved(self.adapters[task]), [task]))
+        self.each(tasks, self.result["half"], lambda task: self.score(scaled(self.adapters[task], 0.5), [task]))
         yield "half"
         if self.first == 0:
             self.result["features"] = self.measured()
@@ -156,12 +154,12 @@ class Experiment:
         yield from self.merged(LINEAR, drawn)
         yield from self.merged(METHODS, drawn)
         yield from self.merged(LINEAR, pairs)
-        yield from self.merged_on_rows(drawn)
         joint = self.made({key(pair): pair for pair in drawn})
         for pair in drawn:
             if JOINT not in self.entry(pair):
                 self.entry(pair)[JOINT] = self.score(joint[key(pair)], pair)
         yield JOINT
+        yield from self.merged_on_rows(drawn)
 
     def alone(self) -> dict[str, Any]:
         """The adapter of each task."""
@@ -175,17 +173,17 @@ class Experiment:
         return {key(pair): asdict(one) for pair, one in zip(self.pairs, found.pairs, strict=True)}
 
     def merged(self, methods: dict[str, Any], pairs: list[Pair]) -> Iterator[str]:
-        """Every pair by every method; merged by a process for every two cores, scored here."""
+        """Every pair by every method with each of SCALES; merged by a process for every two cores, scored here."""
         workers = max(1, (os.cpu_count() or 1) // 2 // self.every)
         pool = ProcessPoolExecutor(workers, get_context("spawn"), begin, (self.folder,))
         try:
             for name in methods:
-                self.check_time()
-                left = [(name, pair) for pair in pairs if name not in self.entry(pair)]
+                left = [(name, pair) for pair in pairs if not self.entry(pair).keys() >= at_scales(name).keys()]
                 for (_, pair), made in zip(left, pool.map(merge, left), strict=True):  # merged ahead of being scored
                     self.check_time()
                     adapter, kept = pickle.loads(made)
-                    self.entry(pair)[name] = self.score(adapter, pair) | {"kept": kept}
+                    for label, scale in at_scales(name).items():
+                        self.entry(pair)[label] = self.score(scaled(adapter, scale), pair) | {"kept": kept}
                 yield name
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -272,22 +270,28 @@ def begin(folder: Path) -> None:
 
 
 def merge(what: tuple[str, Pair]) -> bytes:
-    """A pair by a method, and the kept share of its update; as bytes, since a tensor would travel as an open file."""
+    """A pair by a method with weights of 1, and the kept share of its update; as bytes, since a tensor would travel as
+    an open file."""
     from veneer.merge.apply import combine
     from veneer.merge.recipe import Recipe
 
     name, pair = what
-    method, weights, options = (LINEAR | METHODS)[name]
-    merged, report = combine([HELD[task] for task in pair], Recipe(method, weights, options), progress=False)
+    method, options = (LINEAR | METHODS)[name]
+    merged, report = combine([HELD[task] for task in pair], Recipe(method, (1.0, 1.0), options), progress=False)
     return pickle.dumps((merged, report.kept))
 
 
-def halved(adapter: Any) -> Any:
-    """Half of an adapter's update: what merging with weights of 1/2 would leave of it beside one that does nothing."""
+def at_scales(name: str) -> dict[str, float]:
+    """What is scored of a method: `linear` -> {`linear 1/2`: 0.5, `linear 1`: 1.0}."""
+    return {f"{name} {label}": scale for label, scale in SCALES.items()}
+
+
+def scaled(adapter: Any, scale: float) -> Any:
+    """A share of an adapter's update; of a merge, what `--scale` gives."""
     from veneer.merge.apply import combine
     from veneer.merge.recipe import Recipe
 
-    return combine([adapter], Recipe("linear", (0.5,), {}), progress=False)[0]
+    return combine([adapter], Recipe("linear", (scale,), {}), progress=False)[0]
 
 
 def key(pair: Pair) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import multitask, record
-from benchmarks.merge_quality import JOINED, LINEAR, SEED, Experiment, Pair, join, key, part_of
+from benchmarks.merge_quality import JOINED, SEED, Experiment, Pair, at_scales, join, key, part_of
 from benchmarks.merge_verdict import GAIN, MERGED, gain, kept, over_tasks
 from veneer.evaluate.foretold import Foretold, foretell, gain_kept
 
@@ -92,8 +92,8 @@ def scored(experiment: Experiment, first: Any, second: Any, pair: Pair) -> dict[
     from veneer.merge.recipe import Recipe
 
     found = {"second": experiment.score(second, [pair[1]])}
-    for name, (method, weights, options) in LINEAR.items():
-        merged, _ = combine([first, second], Recipe(method, weights, options), progress=False)
+    for name, scale in at_scales("linear").items():
+        merged, _ = combine([first, second], Recipe("linear", (scale, scale), {}), progress=False)
         found[name] = experiment.score(merged, pair)
     return found
 
@@ -112,7 +112,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     shares = {
         (start, name): {pair: _worse(result["base"], pair.split(JOINED), pairs[pair][start], name) for pair in common}
         for start in starts
-        for name in LINEAR
+        for name in at_scales("linear")
     }
     summed: dict[str, Any] = {}
     for start in starts if common else ():
@@ -125,7 +125,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
                     for other in starts[:2]
                 },
             }
-            for name in LINEAR
+            for name in at_scales("linear")
         }
         told = [_told(result["base"], pair.split(JOINED), pairs[pair][start]) for pair in common]
         summed[start]["foretold"] = agreement(told, [shares[start, MERGED][pair] for pair in common])
