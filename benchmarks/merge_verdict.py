@@ -1,9 +1,11 @@
 """Can it be told before whether two adapters may be merged? `python -m benchmarks.merge_verdict`.
 
-Reads what `benchmarks.merge_quality` measured. A pair may be merged (linear, 1/2 each), routed (both adapters served,
-each for its own task) or retrained (one adapter on the rows of both). What that is worth is the share of its own
-adapter's gain that the worse task keeps, less a price: a routed pair keeps everything and costs ROUTE, retraining
-needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regression foretells a merge's share, from
+Reads what `benchmarks.merge_quality` measured. Of two adapters one may be made by adding them (`merge`: linear, 1/2
+each), by weights learned on thirty rows of each task (`learn`: LoRA Soups) or by training anew on the rows of both
+(`retrain`); or both are served, each for its own task (`route`). What that is worth is the share of its own adapter's
+gain that the worse task keeps, less a price: a routed pair keeps everything and costs ROUTE, retraining needs all data
+and a run and costs RETRAIN, merging and learning weights cost nothing. What a plain merge would keep is foretold by a
+ridge regression from
 
 - cosine: of the two updates;
 - weights: all that `veneer inspect A B` measures without data;
@@ -13,11 +15,11 @@ needs all data and a run and costs RETRAIN, a merge costs nothing. A ridge regre
 - half: the same of each adapter alone at half its weight, without the other;
 
 and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of two thirds of
-them, judged on pairs of the others. Told are AUC (may the pair be merged?), how often of two pairs the better one is
-told so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best choice's
-worth, beside always merging, always routing and always retraining (a pair that was not retrained counts as the mean of
-those that were); the latter at other prices too. `rows`, fitted on all pairs, is what `veneer inspect --dataset`
-foretells shares by. Pairs of a task whose own adapter gains next to nothing are left out.
+them, judged on pairs of the others. Told are AUC (is merging better than routing?), how often of two pairs the better
+one is told so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best
+choice's worth where all were tried, beside always choosing the same; the latter at other prices too. `rows`, fitted on
+all pairs, is what `veneer inspect --dataset` foretells shares by. Pairs of a task whose own adapter gains next to
+nothing are left out.
 """
 
 from __future__ import annotations
@@ -37,8 +39,15 @@ from benchmarks import record
 from benchmarks.merge_quality import JOINED, JOINT
 from veneer.evaluate.foretold import gain_kept, log_lost, share_kept
 
-MERGED = "linear 1/2"
+MERGED, LEARNED = "linear 1/2", "lora_soups"
 ROUTE, RETRAIN = 0.2, 0.3  # of the worse task's gain, what one would give up to be spared it
+CHOICES: dict[str, tuple[str | None, float]] = {  # what is made of two adapters, None: nothing; and its price
+    "merge": (MERGED, 0.0),
+    "learn": (LEARNED, 0.0),
+    "route": (None, ROUTE),
+    "retrain": (JOINT, RETRAIN),
+}
+MERGE, SERVED, RETRAINED = (list(CHOICES).index(name) for name in ("merge", "route", "retrain"))
 ROUTES = (0.1, 0.2, 0.3, 0.4, 0.5)  # other prices; retraining costs as much more as it does above
 FORETOLD_BY = "rows"
 MIDDLE = (10, 90)  # percentiles between which four of five lie
@@ -49,15 +58,14 @@ DRAWS = 2000  # of the bootstrap
 GOOD = 0.9  # share of its gain from which on a task counts as kept
 GAIN = 0.1  # in score; of a task whose own adapter gains less, a few answers of a hundred are all there is to keep
 ROUNDS = 50  # of fitting a curve
-CHOICES = ("merge", "route", "retrain")
 MEASURED = ("rows", "half")  # by a curve; what an older file lacks
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs that were merged: their tasks, worth of each choice (pairs, 3; NaN where none was retrained), and what
-    foretells it, by name."""
+    """All pairs that were merged: their tasks, worth of each of CHOICES (pairs, choices; NaN where it was not tried),
+    and what foretells that of merging, by name."""
 
     tasks: list[tuple[str, str]]
     worth: Array
@@ -93,9 +101,9 @@ def read(held: Mapping[str, Any]) -> Pairs:
     """From what was measured: every pair that was merged by MERGED."""
     merged = {tuple(name.split(JOINED)): found for name, found in sorted(held["pairs"].items()) if MERGED in found}
     tasks = list(merged)
-    shares = [_worse(held, pair, found[MERGED]) for pair, found in merged.items()]
-    joint = np.array([_worse(held, pair, found[JOINT]) if JOINT in found else np.nan for pair, found in merged.items()])
-    worth = np.stack([np.array(shares), np.full(len(tasks), 1 - ROUTE), joint - RETRAIN], axis=1)
+    worth = np.array(
+        [[_worth(held, pair, found, *choice) for choice in CHOICES.values()] for pair, found in merged.items()]
+    )
     features = [held["features"][JOINED.join(pair)] for pair in tasks]
     names = [name for name in features[0] if name not in ("first", "second", "layers")]
     columns = {
@@ -137,8 +145,18 @@ def over_tasks(found: Mapping[str, float]) -> dict[str, float]:
     draws = np.random.default_rng(SEED).multinomial(len(tasks), np.full(len(tasks), 1 / len(tasks)), size=DRAWS)
     places = np.array([[tasks.index(task) for task in pair.split(JOINED)] for pair in found])
     weights, values = draws[:, places[:, 0]] * draws[:, places[:, 1]], np.array(list(found.values()))
-    low, high = np.nanpercentile((weights @ values) / np.maximum(weights.sum(1), 1), [2.5, 97.5])
+    some = weights.sum(1) > 0  # a draw of tasks without a pair among them says nothing
+    low, high = np.percentile((weights[some] @ values) / weights[some].sum(1), [2.5, 97.5])
     return {"score": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def _worth(
+    held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any], made: str | None, price: float
+) -> float:
+    """Of a choice; NaN where it was not tried."""
+    if made is None:
+        return 1 - price
+    return _worse(held, pair, found[made]) - price if made in found else float("nan")
 
 
 def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
@@ -171,8 +189,8 @@ def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
     found = {}
     for route in ROUTES:
         worth = pairs.worth.copy()
-        worth[:, 1] = 1 - route
-        worth[:, 2] += ROUTE - route
+        worth[:, SERVED] = 1 - route
+        worth[:, RETRAINED] += ROUTE - route
         told = judged(replace(pairs, worth=worth))["predictors"]
         found[f"{100 * route:.0f}"] = {name: one["lost"] for name, one in told.items()}
     return found
@@ -182,7 +200,7 @@ def fitted(pairs: Pairs) -> dict[str, Any]:
     """The curve through all pairs by FORETOLD_BY; and of pairs of tasks that a curve was not fitted on, a third of them
     each from the lowest shares told to the highest: up to which share told, and how far off what was kept lay, MIDDLE
     of them."""
-    x, share = pairs.columns[FORETOLD_BY], pairs.worth[:, 0]
+    x, share = pairs.columns[FORETOLD_BY], pairs.worth[:, MERGE]
     constant, slope = curve_through(x[:, 0], share)
     told, off = [], []
     for fit, test in splits_of(pairs.tasks):
@@ -222,27 +240,27 @@ def splits_of(tasks: Sequence[tuple[str, str]]) -> Iterator[tuple[Array, Array]]
 
 def judged(pairs: Pairs) -> dict[str, Any]:
     """Each predictor over all splits, and what never looks."""
-    retrained = ~np.isnan(pairs.worth[:, 2])
-    choices = CHOICES if retrained.sum() > len(pairs.tasks) // 10 else CHOICES[:2]  # too few say nothing
+    tried = (~np.isnan(pairs.worth)).sum(0)
+    too_few = tried <= len(pairs.tasks) // 10  # to say anything
+    choices = {name: place for place, name in enumerate(CHOICES) if not too_few[place]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, *choices)}
     for fit, test in splits_of(pairs.tasks):
-        worth = pairs.worth[:, : len(choices)].copy()
-        if len(choices) == 3:  # what a pair that was not retrained would keep: as those of the other tasks that were
-            worth[np.isnan(worth[:, 2]), 2] = np.nanmean(worth[fit, 2])
-        usual = worth[fit].mean(0)
+        worth = np.where(too_few, -np.inf, pairs.worth)
+        usual = np.nanmean(worth[fit], 0)
+        shared = {"usual": usual[MERGE], "worth": worth[test]}
         for name, columns in pairs.columns.items():
-            told = foretold(name, columns[fit], worth[fit, 0], columns[test])
-            known = np.stack([told, *(np.full(len(told), one) for one in usual[1:])], axis=1)
-            found[name].append({"told": told, "usual": usual[0], "worth": worth[test], "choice": known.argmax(1)})
-        for place, name in enumerate(choices):
-            found[name].append({"worth": worth[test], "choice": np.full(int(test.sum()), place)})
+            told = foretold(name, columns[fit], worth[fit, MERGE], columns[test])
+            known = np.stack([told, *(np.full(len(told), one) for one in usual[MERGE + 1 :])], axis=1)
+            found[name].append({**shared, "told": told, "choice": known.argmax(1)})
+        for name, place in choices.items():
+            found[name].append({**shared, "choice": np.full(int(test.sum()), place)})
     return {
         "pairs": len(pairs.tasks),
         "tasks": len({task for pair in pairs.tasks for task in pair}),
         "splits": len(found["merge"]),
         "prices": {"route": ROUTE, "retrain": RETRAIN},
-        "retrained": int(retrained.sum()),
-        "to_merge": int((pairs.worth[:, 0] > 1 - ROUTE).sum()),
+        "tried": dict(zip(CHOICES, tried.tolist(), strict=True)),
+        "to_merge": int((pairs.worth[:, MERGE] > pairs.worth[:, SERVED]).sum()),
         "not_measured": [name for name in MEASURED if name not in pairs.columns],
         "predictors": {name: summed(splits) for name, splits in found.items()},
     }
@@ -265,20 +283,20 @@ def ridge(x_PC: Array, y_P: Array, new_QC: Array) -> Array:
 
 
 def summed(splits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was lost beside the best choice, how often each was chosen; and of what was foretold: AUC (the mean over the
-    splits in which some pairs are to be merged and some are not), concordance with the share, squared error beside
-    that of the mean of all pairs, calibration."""
+    """What was lost beside the best choice where all were tried, how often each was chosen; and of what was foretold:
+    AUC (the mean over the splits in which merging is better than routing for some pairs and not for others),
+    concordance with the share, squared error beside that of the mean of all pairs, calibration."""
     worth, choice = (np.concatenate([split[name] for split in splits]) for name in ("worth", "choice"))
-    lost = worth.max(1) - worth[np.arange(len(worth)), choice]
+    lost = worth.max(1) - worth[np.arange(len(worth)), choice]  # NaN where not all were tried
     chosen = {name: round(float((choice == place).mean()), 4) for place, name in enumerate(CHOICES)}
-    found: dict[str, Any] = {"lost": round(float(lost.mean()), 4), "chosen": chosen}
+    found: dict[str, Any] = {"lost": round(float(np.nanmean(lost)), 4), "chosen": chosen}
     if "told" not in splits[0]:
         return found
-    told, share = np.concatenate([split["told"] for split in splits]), worth[:, 0]
+    told, share = np.concatenate([split["told"] for split in splits]), worth[:, MERGE]
     usual = np.concatenate([np.full(len(split["told"]), split["usual"]) for split in splits])
-    each = [auc(split["told"], split["worth"].argmax(1) == 0) for split in splits]
+    each = [auc(split["told"], split["worth"][:, MERGE] > split["worth"][:, SERVED]) for split in splits]
     both = [one for one in each if not np.isnan(one)]
-    agreed, compared = np.sum([concordance(split["told"], split["worth"][:, 0]) for split in splits], axis=0)
+    agreed, compared = np.sum([concordance(split["told"], split["worth"][:, MERGE]) for split in splits], axis=0)
     return found | {
         "auc": round(float(np.mean(both)), 4) if both else None,
         "auc_splits": len(both),
@@ -312,21 +330,19 @@ def calibration(told: Array, share: Array) -> float:
 
 def methods_table(found: Mapping[str, Any]) -> list[str]:
     """A row for each way, the best first."""
-    lines = [f"{'made by':<12} {'pairs':>5} {'kept':>6} {'median':>7} {'good':>6}  {'less linear 1/2':>20}"]
+    lines = [f"{'made by':<15} {'pairs':>5} {'kept':>6} {'median':>7} {'good':>6}  {'less linear 1/2':>20}"]
     for name, one in sorted(found.items(), key=lambda item: -item[1]["kept"]):
         less = one["less_linear"]
         sure = f"{less['score']:+.2f} [{less['low']:+.2f}, {less['high']:+.2f}]"
         lines.append(
-            f"{name:<12} {one['pairs']:>5} {one['kept']:>6.1%} {one['median']:>7.1%} {one['good']:>6.1%}  {sure:>20}"
+            f"{name:<15} {one['pairs']:>5} {one['kept']:>6.1%} {one['median']:>7.1%} {one['good']:>6.1%}  {sure:>20}"
         )
     return lines
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """A row for each predictor, the best first."""
-    lines = [
-        f"{'told by':<10} {'AUC':>6} {'concord':>8} {'error':>6} {'off by':>7} {'lost':>7}   merge, route, retrain"
-    ]
+    lines = [f"{'told by':<10} {'AUC':>6} {'concord':>8} {'error':>6} {'off by':>7} {'lost':>7}   {', '.join(CHOICES)}"]
     for name, one in sorted(result["predictors"].items(), key=lambda item: item[1]["lost"]):
         figures = [one.get(name) for name in ("auc", "concordance", "squared_error", "calibration_error")]
         score, agreed, error, off = ("-" if one is None else f"{one:.3f}" for one in figures)

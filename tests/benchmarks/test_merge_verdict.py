@@ -35,7 +35,7 @@ def _pairs(seed: int = 0, tasks: int = 18) -> Pairs:
     soft = draw.uniform(0.3, 0.99, tasks)
     pairs = list(itertools.combinations(range(tasks), 2))
     share = np.array([min(soft[i], soft[j]) for i, j in pairs])
-    worth = np.stack([share, np.full(len(pairs), 0.6), np.full(len(pairs), 0.55)], axis=1)
+    worth = np.stack([share, *(np.full(len(pairs), worth) for worth in (0.5, 0.6, 0.55))], axis=1)
     columns = {
         "cosine": draw.normal(size=(len(pairs), 1)),
         "rows": (_logit(share) + draw.normal(scale=0.1, size=len(pairs)))[:, None],
@@ -47,13 +47,13 @@ def test_what_foretells_wins_and_noise_does_not() -> None:
     found = judged(_pairs())["predictors"]
     assert found["rows"]["auc"] > 0.95 and found["rows"]["lost"] < 0.01
     assert 0.35 < found["cosine"]["auc"] < 0.65
-    assert found["rows"]["lost"] < min(found[name]["lost"] for name in ("cosine", "merge", "route", "retrain"))
+    assert found["rows"]["lost"] < min(found[name]["lost"] for name in ("cosine", "merge", "learn", "route", "retrain"))
     assert found["rows"]["calibration_error"] < 0.05
     assert found["rows"]["concordance"] > 0.95 and found["rows"]["squared_error"] < 0.1
     assert 0.4 < found["cosine"]["concordance"] < 0.6 and found["cosine"]["squared_error"] > 0.95
-    assert found["merge"]["chosen"] == {"merge": 1.0, "route": 0.0, "retrain": 0.0}
+    assert found["merge"]["chosen"] == {"merge": 1.0, "learn": 0.0, "route": 0.0, "retrain": 0.0}
     lines = table(judged(_pairs()))
-    assert lines[1].split()[0] == "rows" and lines[-1] == "half: not measured" and len(lines) == 7
+    assert lines[1].split()[0] == "rows" and lines[-1] == "half: not measured" and len(lines) == 8
 
 
 def test_a_task_that_is_judged_was_not_fitted_on() -> None:
@@ -91,31 +91,51 @@ def test_what_was_measured_is_read() -> None:
         "alone": {"a": {"a": scores(1.0, 1.0)}, "b": {"b": scores(1.0, 1.0)}},
         "half": {"a": {"a": scores(0.5, 2.0)}, "b": {"b": scores(1.0, 1.0)}},
         "features": {"a--b": {"first": 0, "second": 1, "layers": 3, "cosine": 0.1, "input": 0.7}},
-        "pairs": {"a--b": {"linear 1/2": {"a": scores(0.9, 1.2), "b": scores(0.6, 1.5), "kept": 1.0}}, "b--c": {}},
+        "pairs": {
+            "a--b": {
+                "linear 1/2": {"a": scores(0.9, 1.2), "b": scores(0.6, 1.5), "kept": 1.0},
+                "lora_soups": {"a": scores(0.3, 1.2), "b": scores(0.9, 1.5), "kept": 1.0},
+            },
+            "b--c": {},
+        },
     }
     pairs = read(held)
     assert pairs.tasks == [("a", "b")]
-    np.testing.assert_allclose(pairs.worth, [[0.2, 1 - merge_verdict.ROUTE, np.nan]])
+    np.testing.assert_allclose(pairs.worth, [[0.2, 0.3, 1 - merge_verdict.ROUTE, np.nan]])
     assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
     np.testing.assert_allclose(pairs.columns["rows"], [[np.log(1.1 - 0.5)]])
     np.testing.assert_allclose(pairs.columns["half"], [[np.log(1.1 - 0.5)]])
     methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
-    same = {"score": 0.0, "low": 0.0, "high": 0.0}
-    assert methods == {"linear_1/2": {"pairs": 1, "kept": 0.2, "median": 0.2, "good": 0.0, "less_linear": same}}
-    assert methods_table(methods)[1].split()[:5] == ["linear_1/2", "1", "20.0%", "20.0%", "0.0%"]
+    one = {"pairs": 1, "good": 0.0}
+    assert methods == {
+        "linear_1/2": {**one, "kept": 0.2, "median": 0.2, "less_linear": {"score": 0.0, "low": 0.0, "high": 0.0}},
+        "lora_soups": {**one, "kept": 0.3, "median": 0.3, "less_linear": {"score": 0.1, "low": 0.1, "high": 0.1}},
+    }
+    assert methods_table(methods)[2].split()[:5] == ["linear_1/2", "1", "20.0%", "20.0%", "0.0%"]
 
 
 def test_a_choice_that_nobody_tried_is_left_out() -> None:
     pairs = _pairs()
-    pairs.worth[:, 2] = np.nan
+    pairs.worth[:, merge_verdict.RETRAINED] = np.nan
     found = judged(pairs)
-    assert "retrain" not in found["predictors"] and found["retrained"] == 0
+    assert "retrain" not in found["predictors"] and found["tried"]["retrain"] == 0
     assert found["predictors"]["rows"]["lost"] < 0.01
+
+
+def test_what_is_lost_is_told_of_pairs_for_which_all_was_tried() -> None:
+    pairs, other = _pairs(), _pairs()
+    whole = np.arange(len(pairs.tasks)) % 3 == 0
+    pairs.worth[~whole, merge_verdict.RETRAINED] = np.nan
+    other.worth[whole, merge_verdict.RETRAINED] = 5.0
+    other.worth[~whole, merge_verdict.RETRAINED] = np.nan
+    found, best = judged(pairs)["predictors"], judged(other)["predictors"]
+    assert found["rows"]["lost"] < 0.01 and best["retrain"]["lost"] == 0
+    assert found["rows"]["concordance"] == judged(_pairs())["predictors"]["rows"]["concordance"]
 
 
 def test_prices_change_the_best_choice_and_nothing_else() -> None:
     pairs = _pairs()
-    pairs.worth[:, 1:] = 1 - merge_verdict.ROUTE, 1 - merge_verdict.RETRAIN
+    pairs.worth[:, 1:] = 0.1, 1 - merge_verdict.ROUTE, 1 - merge_verdict.RETRAIN
     told = by_price(pairs)
     assert told[f"{100 * merge_verdict.ROUTE:.0f}"] == {
         n: one["lost"] for n, one in judged(pairs)["predictors"].items()
