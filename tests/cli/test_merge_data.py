@@ -168,6 +168,24 @@ def test_the_best_single_adapter_is_best_over_all_files_and_named(veneer: Callab
     assert answer.err.count("merged is ") == 2 and "less merged" in answer.err
 
 
+def test_a_merge_surely_worse_than_a_parent_is_told_what_keeps_more(veneer: Callable[..., Any], out: Path) -> None:
+    """a taken away is worse than b on its rows; a alone is not told apart from it; learned weights need no advice."""
+
+    def merged(name: str, *options: str) -> tuple[list[str], bool]:
+        answer = veneer("merge", "b", "a", "--dataset", "a.jsonl", "b.jsonl", "--json", "-o", name, *options)
+        files, own = (
+            json.loads(answer.out)["comparison"]["files"],
+            json.loads(answer.out)["comparison"]["worse_than_own"],
+        )
+        found = [(one["adapter"], one["metrics"]["loss"]["differences"][one["adapter"]]) for one in files]
+        assert own == [label for label, less in found if less["high"] < 0]
+        return own, "next: --method lora_soups" in answer.err
+
+    assert merged("away", "--weights=0,-200") == (["b"], True)
+    assert merged("plain", "--weights", "0,1") == ([], False)
+    assert not merged("learned", "--weights=0,-200", "--method", "lora_soups", "--max-steps", "1")[1]
+
+
 def test_files_beside_the_adapter_and_the_same_bytes_again(veneer: Callable[..., Any], out: Path) -> None:
     words = ("--dataset", "a.jsonl", "b.jsonl", "--limit", "6", "--metrics", "loss,token_accuracy")
     assert veneer("merge", "a", "b", *words, "-o", "d").code == 0

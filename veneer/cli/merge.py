@@ -20,6 +20,10 @@ COMMAND = Command(
     read_file=read_recipe,
 )
 _PARENTS = 12  # told one by one
+_LEARN = (
+    "next: --method lora_soups learns a weight for each adapter and layer from every other row, and keeps more where "
+    "adapters are in each other's way (docs/merging.md); or serve each for its own requests"
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -83,6 +87,8 @@ def _print(report: Mapping[str, Any], json: bool) -> None:
         print_facts("from the rows that were read", learned, json=json)
     if "comparison" in report:
         _print_comparison(report["comparison"], json)
+        if report["comparison"]["worse_than_own"] and not report["learned"] and len(report["adapters"]) > 1:
+            say(_LEARN)
     say(f"again: veneer merge {report['output']}/recipe.yaml --output FOLDER")
 
 

@@ -26,7 +26,8 @@ TITLE = "what a merge would keep"
 HEADS = ("pair", "foretold", "four of five")
 LEGEND = (
     "foretold: of its gain in exact answers, what the worse of the two keeps in A/2 + B/2, told from `kept` as 253 "
-    "pairs of small tasks on one model had it; serving both keeps all (docs/merging.md)"
+    "pairs of small tasks on one model had it; serving both keeps all, weights learned on rows of both "
+    "(merge --method lora_soups --dataset) kept more than any other method (docs/merging.md)"
 )
 
 

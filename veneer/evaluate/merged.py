@@ -64,13 +64,19 @@ class Compared:
         found = result.differences[self.metric]
         return [f"{_word(self.metric, found[label])} {told}" for label, told in others.items()]
 
+    def worse_than_own(self) -> list[str]:
+        """Labels of the parents than which the merge is surely worse on their own files."""
+        found = zip(self.labels, self.results, strict=True)
+        return [own for own, result in found if _better(self.metric, result.differences[self.metric][own]) is False]
+
     def to_json(self) -> dict[str, Any]:
         files = [
             {"file": file, "sha256": sha256, "adapter": label, **_plain(result)}
             for file, sha256, label, result in zip(self.files, self.sha256, self.labels, self.results, strict=True)
         ]
         best = {"adapter": self.best, "by": self.metric}
-        return {"files": files, "means": self.means(), "best_single_adapter": best, "verdicts": self.verdicts()}
+        told = {"verdicts": self.verdicts(), "worse_than_own": self.worse_than_own()}
+        return {"files": files, "means": self.means(), "best_single_adapter": best, **told}
 
     def written(self, shown: Callable[[Any], str]) -> dict[str, str]:
         """File name -> text: all of it as JSON, the tables as Markdown."""
@@ -130,7 +136,12 @@ def _means(results: Sequence[Result], metric: str) -> dict[str, float]:
 
 def _word(metric: str, other: Score) -> str:
     """What the merge is beside another, of whom the score less the merge's is given."""
-    size = f"{abs(other.score):.3g}"
+    words = {None: "not told apart ({}) from", True: "better by {} than", False: "worse by {} than"}
+    return words[_better(metric, other)].format(f"{abs(other.score):.3g}")
+
+
+def _better(metric: str, other: Score) -> bool | None:
+    """Whether the merge is better, by the other's score less its own; None where that is not sure."""
     if other.low is None or other.high is None or other.low <= 0 <= other.high:
-        return f"not told apart ({size}) from"
-    return f"{'better' if (other.score > 0) == (metric in LOWER_IS_BETTER) else 'worse'} by {size} than"
+        return None
+    return (other.score > 0) == (metric in LOWER_IS_BETTER)
