@@ -204,7 +204,7 @@ def fitted(pairs: Pairs) -> dict[str, Any]:
     constant, slope = curve_through(x[:, 0], share)
     told, off = [], []
     for fit, test in splits_of(pairs.tasks):
-        told.append(foretold(FORETOLD_BY, x[fit], share[fit], x[test]))
+        told.append(told_by(FORETOLD_BY, x[fit], share[fit], x[test]))
         off.append(share[test] - told[-1])
     tops = np.quantile(np.concatenate(told), [1 / 3, 2 / 3]).round(2).tolist()
     place = np.searchsorted(tops, np.concatenate(told))
@@ -249,7 +249,7 @@ def judged(pairs: Pairs) -> dict[str, Any]:
         usual = np.nanmean(worth[fit], 0)
         shared = {"usual": usual[MERGE], "worth": worth[test]}
         for name, columns in pairs.columns.items():
-            told = foretold(name, columns[fit], worth[fit, MERGE], columns[test])
+            told = told_by(name, columns[fit], worth[fit, MERGE], columns[test])
             known = np.stack([told, *(np.full(len(told), one) for one in usual[MERGE + 1 :])], axis=1)
             found[name].append({**shared, "told": told, "choice": known.argmax(1)})
         for name, place in choices.items():
@@ -266,7 +266,7 @@ def judged(pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def foretold(name: str, x_PC: Array, y_P: Array, new_QC: Array) -> Array:
+def told_by(name: str, x_PC: Array, y_P: Array, new_QC: Array) -> Array:
     """By what was measured on rows: a curve through its one column; else by `ridge`."""
     if name in MEASURED:
         return np.asarray(share_kept(new_QC[:, 0], *curve_through(x_PC[:, 0], y_P)))
