@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import multitask, record
+from benchmarks.merge_kept import GAIN, MERGED, gain, over_tasks, worse, worse_loss
 from benchmarks.merge_quality import JOINED, SEED, Experiment, Pair, at_scales, join, key, part_of
-from benchmarks.merge_verdict import GAIN, MERGED, gain, kept, over_tasks
-from veneer.evaluate.foretold import Foretold, foretell, gain_kept
+from veneer.evaluate.foretold import Foretold, foretell
 
 STARTS = ("shared", "other", "orthogonal", "data")
 OTHER = 1  # the seed of the other A
@@ -107,10 +107,10 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     common = [
         pair
         for pair, found in pairs.items()
-        if all(start in found for start in starts) and _gain(result["base"], pair.split(JOINED), found) >= GAIN
+        if all(start in found for start in starts) and _gain(result["base"], _own(pair, found[STARTS[0]])) >= GAIN
     ]
     shares = {
-        (start, name): {pair: _worse(result["base"], pair.split(JOINED), pairs[pair][start], name) for pair in common}
+        (start, name): {p: worse(result["base"], _own(p, pairs[p][start]), pairs[p][start][name]) for p in common}
         for start in starts
         for name in at_scales("linear")
     }
@@ -127,7 +127,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
             }
             for name in at_scales("linear")
         }
-        told = [_told(result["base"], pair.split(JOINED), pairs[pair][start]) for pair in common]
+        shares_of_loss = [worse_loss(result["base"], _own(p, pairs[p][start]), pairs[p][start][MERGED]) for p in common]
+        told = [foretell(0, 1, loss_kept) for loss_kept in shares_of_loss]
         summed[start]["foretold"] = agreement(told, [shares[start, MERGED][pair] for pair in common])
     return summed
 
@@ -141,23 +142,14 @@ def agreement(told: Sequence[Foretold], kept: Sequence[float]) -> dict[str, floa
     return {"correlation": correlation, "within": round(float(np.mean(within)), 4)}
 
 
-def _worse(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any], name: str) -> float:
-    """What the worse of the two keeps of its gain in score, on test rows."""
-    alone = dict(zip(pair, ("first", "second"), strict=True))
-    return min(kept(base[task], found[alone[task]][task], found[name][task]) for task in pair)
+def _own(pair: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each task of a pair the scores of its own adapter."""
+    return {task: found[which][task] for task, which in zip(pair.split(JOINED), ("first", "second"), strict=True)}
 
 
-def _gain(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
-    """In score, of the adapter that gains less of the two."""
-    alone = found[STARTS[0]]
-    return min(gain(base[task], alone[own][task]) for task, own in zip(pair, ("first", "second"), strict=True))
-
-
-def _told(base: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> Foretold:
-    """From the gain in loss on held-out rows."""
-    alone = dict(zip(pair, ("first", "second"), strict=True))
-    each = ((base[task], found[alone[task]][task], found[MERGED][task]) for task in pair)
-    return foretell(0, 1, min(gain_kept(*(one["held"]["loss"] for one in three)) for three in each))
+def _gain(base: Mapping[str, Any], alone: Mapping[str, Any]) -> float:
+    """In score, of the adapter that gains less."""
+    return min(gain(base[task], scores) for task, scores in alone.items())
 
 
 assert SEED != OTHER

@@ -17,7 +17,8 @@ ridge regression from
 and the verdict is what is then worth most. Tasks are split at random, again and again: fitted on pairs of two thirds of
 them, judged on pairs of the others. Told are AUC (is merging better than routing?), how often of two pairs the better
 one is told so, the error beside that of always telling the mean, calibration, and what the verdict loses of the best
-choice's worth where all were tried, beside always choosing the same; the latter at other prices too. `rows`, fitted on
+choice's worth where all were tried, beside the choice that was best in the mean over the pairs fitted on (`usual`), and
+beside always choosing the same; the latter at other prices too. `rows`, fitted on
 all pairs, is what `veneer inspect --dataset` foretells shares by. Pairs of a task whose own adapter gains next to
 nothing are left out.
 """
@@ -28,7 +29,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from benchmarks.merge_kept import (
+    MERGED,
+    by_method,
+    finished,
+    gaining,
+    methods_table,
+    over_tasks,
+    own,
+    worse,
+    worse_loss,
+)
 from benchmarks.merge_quality import JOINED, JOINT
-from veneer.evaluate.foretold import gain_kept, log_lost, share_kept
+from veneer.evaluate.foretold import log_lost, share_kept
 
-MERGED, LEARNED = "linear 1/2", "lora_soups"
+LEARNED = "lora_soups"
 ROUTE, RETRAIN = 0.2, 0.3  # of the worse task's gain, what one would give up to be spared it
 CHOICES: dict[str, tuple[str | None, float]] = {  # what is made of two adapters, None: nothing; and its price
     "merge": (MERGED, 0.0),
@@ -47,18 +59,16 @@ CHOICES: dict[str, tuple[str | None, float]] = {  # what is made of two adapters
     "route": (None, ROUTE),
     "retrain": (JOINT, RETRAIN),
 }
-MERGE, SERVED, RETRAINED = (list(CHOICES).index(name) for name in ("merge", "route", "retrain"))
+MERGE, LEARN, SERVED, RETRAINED = range(len(CHOICES))
 ROUTES = (0.1, 0.2, 0.3, 0.4, 0.5)  # other prices; retraining costs as much more as it does above
 FORETOLD_BY = "rows"
 MIDDLE = (10, 90)  # percentiles between which four of five lie
 LEFT_OUT, SPLITS, SEED = 8, 200, 0
 RIDGE = 1.0  # on standardised columns, beside one unit a pair
 BINS = 5
-DRAWS = 2000  # of the bootstrap
-GOOD = 0.9  # share of its gain from which on a task counts as kept
-GAIN = 0.1  # in score; of a task whose own adapter gains less, a few answers of a hundred are all there is to keep
 ROUNDS = 50  # of fitting a curve
 MEASURED = ("rows", "half")  # by a curve; what an older file lacks
+USUAL = "usual"  # the choice that was best in the mean over the pairs fitted on, for all pairs alike
 Array = np.ndarray
 
 
@@ -86,101 +96,41 @@ def main() -> None:
     if FORETOLD_BY in pairs.columns:
         result["fit"] = fitted(pairs)
     result["lost_by_price"] = by_price(pairs)
+    result["learned_less_served"] = learned_less_served(pairs)
+    if unfinished := sorted({name for found in held["pairs"].values() for name in found} - {*finished(held["pairs"])}):
+        print(f"left out, not tried on all pairs yet: {', '.join(unfinished)}", file=sys.stderr)
     for line in (*methods_table(result["methods"]), "", *table(result), "", *prices_table(result["lost_by_price"])):
         print(line)
     record.save("merge_verdict", result)
 
 
-def gaining(held: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured, without the pairs of tasks whose own adapters gain less than GAIN."""
-    tasks = {task for task, own in held["alone"].items() if gain(held["base"][task], own[task]) >= GAIN}
-    return {**held, "pairs": {pair: found for pair, found in held["pairs"].items() if tasks >= {*pair.split(JOINED)}}}
-
-
 def read(held: Mapping[str, Any]) -> Pairs:
     """From what was measured: every pair that was merged by MERGED."""
-    merged = {tuple(name.split(JOINED)): found for name, found in sorted(held["pairs"].items()) if MERGED in found}
-    tasks = list(merged)
-    worth = np.array(
-        [[_worth(held, pair, found, *choice) for choice in CHOICES.values()] for pair, found in merged.items()]
-    )
-    features = [held["features"][JOINED.join(pair)] for pair in tasks]
+    merged = {pair: found for pair, found in sorted(held["pairs"].items()) if MERGED in found}
+    worth = [[_worth(held, pair, found, *choice) for choice in CHOICES.values()] for pair, found in merged.items()]
+    features = [held["features"][pair] for pair in merged]
     names = [name for name in features[0] if name not in ("first", "second", "layers")]
     columns = {
         "cosine": np.array([[one["cosine"]] for one in features]),
         "weights": np.array([[one[name] for name in names] for one in features], dtype=float),
     }
-    if all("held" in found[MERGED][one] for pair, found in merged.items() for one in pair):
-        columns["rows"] = _on_rows(held, tasks, lambda pair, one: merged[pair][MERGED][one])
-        columns["half"] = _on_rows(held, tasks, lambda _, one: held["half"][one][one])
-    return Pairs(tasks, worth, columns)
+    if all("held" in held["base"][task] for pair in merged for task in pair.split(JOINED)):
+        columns["rows"] = _on_rows(held, {pair: found[MERGED] for pair, found in merged.items()})
+        half = {pair: {task: held["half"][task][task] for task in pair.split(JOINED)} for pair in merged}
+        columns["half"] = _on_rows(held, half)
+    return Pairs([tuple(pair.split(JOINED)) for pair in merged], np.array(worth), columns)
 
 
-def by_method(held: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each way to make one adapter of two: what the worse task keeps of its gain, over the pairs that all ways made,
-    in how many of them that is GOOD or more, and the difference to MERGED with its 95 % interval over tasks."""
-    made = [set(found) for found in held["pairs"].values()]
-    names = sorted(set.union(*made), key=lambda name: (name != MERGED, name)) if made else []
-    common = [pair for pair, found in held["pairs"].items() if all(name in found for name in names if name != JOINT)]
-    each: dict[str, dict[str, float]] = {
-        name: {p: _worse(held, p.split(JOINED), held["pairs"][p][name]) for p in common if name in held["pairs"][p]}
-        for name in names
-    }
-    result = {}
-    for name, found in each.items():
-        shares = np.array(list(found.values()))
-        result[name.replace(" ", "_")] = {
-            "pairs": len(shares),
-            "kept": round(float(shares.mean()), 4),
-            "median": round(float(np.median(shares)), 4),
-            "good": round(float((shares >= GOOD).mean()), 4),
-            "less_linear": over_tasks({pair: share - each[MERGED][pair] for pair, share in found.items()}),
-        }
-    return result
-
-
-def over_tasks(found: Mapping[str, float]) -> dict[str, float]:
-    """The mean of a figure over pairs, and its 95 % interval over tasks: a pair counts as often as both were drawn."""
-    tasks = sorted({task for pair in found for task in pair.split(JOINED)})
-    draws = np.random.default_rng(SEED).multinomial(len(tasks), np.full(len(tasks), 1 / len(tasks)), size=DRAWS)
-    places = np.array([[tasks.index(task) for task in pair.split(JOINED)] for pair in found])
-    weights, values = draws[:, places[:, 0]] * draws[:, places[:, 1]], np.array(list(found.values()))
-    some = weights.sum(1) > 0  # a draw of tasks without a pair among them says nothing
-    low, high = np.percentile((weights[some] @ values) / weights[some].sum(1), [2.5, 97.5])
-    return {"score": round(float(values.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
-
-
-def _worth(
-    held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any], made: str | None, price: float
-) -> float:
+def _worth(held: Mapping[str, Any], pair: str, found: Mapping[str, Any], made: str | None, price: float) -> float:
     """Of a choice; NaN where it was not tried."""
     if made is None:
         return 1 - price
-    return _worse(held, pair, found[made]) - price if made in found else float("nan")
+    return worse(held["base"], own(held, pair), found[made]) - price if made in found else float("nan")
 
 
-def _worse(held: Mapping[str, Any], pair: Sequence[str], found: Mapping[str, Any]) -> float:
-    """What the worse of the two keeps of its own adapter's gain in score on its test rows, at most 1."""
-    return min(kept(held["base"][task], held["alone"][task][task], found[task]) for task in pair)
-
-
-def gain(base: Mapping[str, float], alone: Mapping[str, float]) -> float:
-    return alone["score"] - base["score"]
-
-
-def kept(base: Mapping[str, float], alone: Mapping[str, float], merged: Mapping[str, float]) -> float:
-    """What a merged adapter keeps of a task's gain in score, at most 1. Raises ZeroDivisionError without a gain."""
-    return min(1.0, gain(base, merged) / gain(base, alone))
-
-
-def _on_rows(held: Mapping[str, Any], tasks: Sequence[Any], scores: Callable[[Any, str], Any]) -> Array:
+def _on_rows(held: Mapping[str, Any], found: Mapping[str, Any]) -> Array:
     """Of each pair the smaller share of the gain in loss on held-out rows, as `log_lost`."""
-
-    def share(pair: Any, task: str) -> float:
-        found = (held["base"][task], held["alone"][task][task], scores(pair, task))
-        return gain_kept(*(one["held"]["loss"] for one in found))
-
-    return np.array([[log_lost(min(share(pair, task) for task in pair))] for pair in tasks])
+    return np.array([[log_lost(worse_loss(held["base"], own(held, pair), one))] for pair, one in found.items()])
 
 
 def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
@@ -194,6 +144,18 @@ def by_price(pairs: Pairs) -> dict[str, dict[str, float]]:
         told = judged(replace(pairs, worth=worth))["predictors"]
         found[f"{100 * route:.0f}"] = {name: one["lost"] for name, one in told.items()}
     return found
+
+
+def learned_less_served(pairs: Pairs) -> dict[str, dict[str, float]]:
+    """What learned weights are worth beside serving both, with its 95 % interval over tasks, by the price of the
+    latter in hundredths."""
+    shares = {JOINED.join(pair): share for pair, share in zip(pairs.tasks, pairs.worth[:, LEARN], strict=True)}
+    tried = {pair: share for pair, share in shares.items() if not np.isnan(share)}
+    if not tried:
+        return {}
+    return {
+        f"{100 * route:.0f}": over_tasks({p: share - (1 - route) for p, share in tried.items()}) for route in ROUTES
+    }
 
 
 def fitted(pairs: Pairs) -> dict[str, Any]:
@@ -243,16 +205,17 @@ def judged(pairs: Pairs) -> dict[str, Any]:
     tried = (~np.isnan(pairs.worth)).sum(0)
     too_few = tried <= len(pairs.tasks) // 10  # to say anything
     choices = {name: place for place, name in enumerate(CHOICES) if not too_few[place]}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, *choices)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*pairs.columns, USUAL, *choices)}
     for fit, test in splits_of(pairs.tasks):
         worth = np.where(too_few, -np.inf, pairs.worth)
-        usual = np.nanmean(worth[fit], 0)
+        usual = np.array([np.nanmean(one) if not np.isnan(one).all() else -np.inf for one in worth[fit].T])
         shared = {"usual": usual[MERGE], "worth": worth[test]}
         for name, columns in pairs.columns.items():
             told = told_by(name, columns[fit], worth[fit, MERGE], columns[test])
-            known = np.stack([told, *(np.full(len(told), one) for one in usual[MERGE + 1 :])], axis=1)
+            known = np.tile(usual, (len(told), 1))
+            known[:, MERGE] = told
             found[name].append({**shared, "told": told, "choice": known.argmax(1)})
-        for name, place in choices.items():
+        for name, place in {USUAL: int(usual.argmax()), **choices}.items():
             found[name].append({**shared, "choice": np.full(int(test.sum()), place)})
     return {
         "pairs": len(pairs.tasks),
@@ -326,18 +289,6 @@ def calibration(told: Array, share: Array) -> float:
     """|mean told - mean share| over BINS bins of equal size of what was told, their mean."""
     parts = np.array_split(np.argsort(told, kind="stable"), BINS)
     return float(np.mean([abs(told[part].mean() - share[part].mean()) for part in parts if len(part)]))
-
-
-def methods_table(found: Mapping[str, Any]) -> list[str]:
-    """A row for each way, the best first."""
-    lines = [f"{'made by':<15} {'pairs':>5} {'kept':>6} {'median':>7} {'good':>6}  {'less linear 1/2':>20}"]
-    for name, one in sorted(found.items(), key=lambda item: -item[1]["kept"]):
-        less = one["less_linear"]
-        sure = f"{less['score']:+.2f} [{less['low']:+.2f}, {less['high']:+.2f}]"
-        lines.append(
-            f"{name:<15} {one['pairs']:>5} {one['kept']:>6.1%} {one['median']:>7.1%} {one['good']:>6.1%}  {sure:>20}"
-        )
-    return lines
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

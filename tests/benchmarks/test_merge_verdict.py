@@ -11,13 +11,11 @@ from benchmarks import merge_verdict
 from benchmarks.merge_verdict import (
     Pairs,
     auc,
-    by_method,
     by_price,
     calibration,
     fitted,
-    gaining,
     judged,
-    methods_table,
+    learned_less_served,
     prices_table,
     read,
     ridge,
@@ -47,13 +45,15 @@ def test_what_foretells_wins_and_noise_does_not() -> None:
     found = judged(_pairs())["predictors"]
     assert found["rows"]["auc"] > 0.95 and found["rows"]["lost"] < 0.01
     assert 0.35 < found["cosine"]["auc"] < 0.65
-    assert found["rows"]["lost"] < min(found[name]["lost"] for name in ("cosine", "merge", "learn", "route", "retrain"))
+    assert found["rows"]["lost"] < min(
+        found[name]["lost"] for name in ("cosine", "merge", "learn", "route", "retrain", "usual")
+    )
     assert found["rows"]["calibration_error"] < 0.05
     assert found["rows"]["concordance"] > 0.95 and found["rows"]["squared_error"] < 0.1
     assert 0.4 < found["cosine"]["concordance"] < 0.6 and found["cosine"]["squared_error"] > 0.95
     assert found["merge"]["chosen"] == {"merge": 1.0, "learn": 0.0, "route": 0.0, "retrain": 0.0}
     lines = table(judged(_pairs()))
-    assert lines[1].split()[0] == "rows" and lines[-1] == "half: not measured" and len(lines) == 8
+    assert lines[1].split()[0] == "rows" and lines[-1] == "half: not measured" and len(lines) == 9
 
 
 def test_a_task_that_is_judged_was_not_fitted_on() -> None:
@@ -105,13 +105,6 @@ def test_what_was_measured_is_read() -> None:
     assert pairs.columns["cosine"].tolist() == [[0.1]] and pairs.columns["weights"].tolist() == [[0.1, 0.7]]
     np.testing.assert_allclose(pairs.columns["rows"], [[np.log(1.1 - 0.5)]])
     np.testing.assert_allclose(pairs.columns["half"], [[np.log(1.1 - 0.5)]])
-    methods = by_method({**held, "pairs": {"a--b": held["pairs"]["a--b"]}})
-    one = {"pairs": 1, "good": 0.0}
-    assert methods == {
-        "linear_1/2": {**one, "kept": 0.2, "median": 0.2, "less_linear": {"score": 0.0, "low": 0.0, "high": 0.0}},
-        "lora_soups": {**one, "kept": 0.3, "median": 0.3, "less_linear": {"score": 0.1, "low": 0.1, "high": 0.1}},
-    }
-    assert methods_table(methods)[2].split()[:5] == ["linear_1/2", "1", "20.0%", "20.0%", "0.0%"]
 
 
 def test_a_choice_that_nobody_tried_is_left_out() -> None:
@@ -157,13 +150,32 @@ def test_the_curve_through_all_pairs() -> None:
     np.testing.assert_allclose(ends, 0, atol=0.01)
 
 
-def test_pairs_of_a_task_that_has_nothing_to_keep_are_left_out() -> None:
-    held = {
-        "base": {"a": {"score": 0.0}, "b": {"score": 0.5}, "c": {"score": 0.01}},
-        "alone": {"a": {"a": {"score": 0.9}}, "b": {"b": {"score": 0.7}}, "c": {"c": {"score": 0.04}}},
-        "pairs": {"a--b": {}, "a--c": {}, "b--c": {}},
-    }
-    assert list(gaining(held)["pairs"]) == ["a--b"]
+def test_a_choice_tried_on_no_pair_of_a_fit_is_never_chosen() -> None:
+    """Of it nothing is known there, however good it is."""
+    pairs = _pairs()
+    some = np.array(["t0" in pair or "t1" in pair for pair in pairs.tasks])
+    pairs.worth[:, merge_verdict.LEARN] = np.where(some, 0.1, np.nan)
+    told = judged(pairs)["predictors"]["rows"]["chosen"]
+    assert told["learn"] == 0
+
+
+def test_the_usual_choice_never_looks() -> None:
+    """Routing is best in the mean over all pairs, so it is what whoever never looks would do."""
+    pairs = _pairs()
+    pairs.worth[:, merge_verdict.SERVED] = 0.75
+    found = judged(pairs)["predictors"]
+    assert found["usual"] == found["route"] and found["usual"]["chosen"]["route"] == 1
+    assert found["rows"]["lost"] < found["usual"]["lost"]
+
+
+def test_learned_weights_beside_serving_both() -> None:
+    pairs = _pairs()
+    pairs.worth[:, merge_verdict.LEARN] = np.nan
+    assert learned_less_served(pairs) == {}
+    pairs.worth[:3, merge_verdict.LEARN] = 0.7
+    found = learned_less_served(pairs)
+    assert found["20"] == pytest.approx({"score": -0.1, "low": -0.1, "high": -0.1})
+    assert found["50"]["low"] == pytest.approx(0.2)
 
 
 def test_concordance() -> None:

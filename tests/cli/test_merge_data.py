@@ -18,7 +18,10 @@ from veneer.adapter.card import Adapter
 from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.config.merging import data_methods
+from veneer.evaluate.intervals import Score
+from veneer.evaluate.merged import Compared
 from veneer.evaluate.metrics import LIKELIHOOD
+from veneer.evaluate.result import Result
 from veneer.merge.on_base import OF_TOKENS
 from veneer.model.load import load
 
@@ -168,22 +171,39 @@ def test_the_best_single_adapter_is_best_over_all_files_and_named(veneer: Callab
     assert answer.err.count("merged is ") == 2 and "less merged" in answer.err
 
 
-def test_a_merge_surely_worse_than_a_parent_is_told_what_keeps_more(veneer: Callable[..., Any], out: Path) -> None:
-    """a taken away is worse than b on its rows; a alone is not told apart from it; learned weights need no advice."""
+def test_a_parent_that_is_surely_better_on_its_own_file_is_named() -> None:
+    def result(metric: str, low: float | None, high: float | None) -> Result:
+        """Of a file: its parent's score less the merge's."""
+        middle = 0.0 if low is None or high is None else (low + high) / 2
+        return Result({metric: {}}, {metric: {label: Score(middle, low, high, 9) for label in "abcd"}}, (), 9, {})
 
-    def merged(name: str, *options: str) -> tuple[list[str], bool]:
-        answer = veneer("merge", "b", "a", "--dataset", "a.jsonl", "b.jsonl", "--json", "-o", name, *options)
-        files, own = (
-            json.loads(answer.out)["comparison"]["files"],
-            json.loads(answer.out)["comparison"]["worse_than_own"],
-        )
-        found = [(one["adapter"], one["metrics"]["loss"]["differences"][one["adapter"]]) for one in files]
-        assert own == [label for label, less in found if less["high"] < 0]
-        return own, "next: --method lora_soups" in answer.err
+    def worse(metric: str) -> list[str]:
+        ends = ((-0.4, -0.2), (-0.3, 0.1), (0.2, 0.4), (None, None))
+        return Compared(tuple("abcd"), (), (), tuple(result(metric, *each) for each in ends), "a").worse_than_own()
 
-    assert merged("away", "--weights=0,-200") == (["b"], True)
-    assert merged("plain", "--weights", "0,1") == ([], False)
-    assert not merged("learned", "--weights=0,-200", "--method", "lora_soups", "--max-steps", "1")[1]
+    assert worse("loss") == ["a"]
+    assert worse("exact_match") == ["c"]
+
+
+def test_a_merge_worse_than_a_parent_is_told_what_keeps_more(
+    veneer: Callable[..., Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where something was taken away, which is meant to be worse, nor where weights were learned."""
+
+    def advised(name: str, *options: str) -> bool:
+        answer = veneer("merge", "a", "b", "--dataset", "a.jsonl", "b.jsonl", "-o", name, *options)
+        assert answer.code == 0, answer.err
+        return "next: --method lora_soups" in answer.err
+
+    found: list[str] = []
+    monkeypatch.setattr(Compared, "worse_than_own", lambda _: found)
+    assert not advised("good")
+    found.append("b")
+    assert advised("plain") and advised("given", "--weights", "0,1")
+    assert advised("cut", "--activation-aware", "--rank", "1")
+    assert advised("found", "--method", "lorahub", "--evaluations", "1")
+    assert not advised("learned", "--method", "lora_soups", "--max-steps", "1")
+    assert not advised("away", "--weights=1,-1")
 
 
 def test_files_beside_the_adapter_and_the_same_bytes_again(veneer: Callable[..., Any], out: Path) -> None:

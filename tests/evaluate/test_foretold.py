@@ -1,4 +1,4 @@
-"""What a merge would keep: the line is the benchmark's, every pair is told of or it is said why not."""
+"""What a merge would keep: the curve is the benchmark's, every pair is told of or it is said why not."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def _print(report: Mapping[str, Any], json: bool) -> None:
         print_facts("from the rows that were read", learned, json=json)
     if "comparison" in report:
         _print_comparison(report["comparison"], json)
-        if report["comparison"]["worse_than_own"] and not report["learned"] and len(report["adapters"]) > 1:
+        added = recipe["method"] != "lora_soups" and min(recipe["weights"]) >= 0 and len(recipe["weights"]) > 1
+        if added and report["comparison"]["worse_than_own"]:  # what is taken away is meant to be worse
             say(_LEARN)
     say(f"again: veneer merge {report['output']}/recipe.yaml --output FOLDER")
 
