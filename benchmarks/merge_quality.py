@@ -20,7 +20,7 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -189,7 +189,8 @@ class Experiment:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def merged_on_rows(self, pairs: list[Pair]) -> Iterator[str]:
-        """Every pair by the methods that read rows, of the 30 of each task that chose its adapter's best step."""
+        """Every pair by the methods that read rows, of the 30 of each task that chose its adapter's best step; of a row
+        with several right answers, all."""
         from veneer.merge.apply import combine
         from veneer.merge.recipe import Recipe
 
@@ -200,7 +201,8 @@ class Experiment:
                     adapters = [self.adapters[task] for task in pair]
                     with self.on_base(pair) as parents:
                         adapter, report = combine(adapters, Recipe(method, weights, options), False, None, parents)
-                    self.entry(pair)[name] = self.score(adapter, pair) | {"kept": report.kept}
+                    learned = {what: value for what, value in report.learned.items() if not isinstance(value, Mapping)}
+                    self.entry(pair)[name] = self.score(adapter, pair) | {"kept": report.kept, "learned": learned}
             yield name
 
     @contextmanager
