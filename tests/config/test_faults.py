@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from veneer.config import ADVICE, RunConfig, options_of
+from veneer.config import ADVICE, MergeSettings, RunConfig, options_of
 from veneer.config.faults import shown, unknown
 from veneer.errors import ConfigError
 
@@ -40,6 +40,11 @@ def test_options_of_other_tools_are_answered_with_advice() -> None:
 def test_a_section_is_not_an_option() -> None:
     with pytest.raises(ConfigError, match=r"lora is a group of options.*: method, r, lora_alpha"):
         RunConfig.from_flat({**GIVEN, "lora": {"r": 8}})
+
+
+def test_a_list_that_is_too_short_is_told_in_our_words() -> None:
+    with pytest.raises(ConfigError, match=r"adapters: got \[\], wanted at least 1 item$"):
+        MergeSettings.from_flat({"adapters": [], "output": "out"})
 
 
 def test_the_place_inside_a_value_is_named() -> None:

@@ -119,6 +119,26 @@ def test_another_template_is_said_and_unknown_parts_are_not_claimed():
     assert got.card.base == replace(BASE, weights=UNKNOWN)
 
 
+def test_bases_of_other_names_are_told_and_refused_without_a_common_layer():
+    a, b = adapter(0, base=None, base_name="org/one"), adapter(1, base_name="two")
+    got, report = combine([a, b], SUM)
+    assert got.card.base_name is None
+    assert report.notes[0].startswith("adapter 2 names two as its base, adapter 1 org/one: whether they are one is not")
+    with pytest.raises(WrongBaseError, match=r"adapter 2 names two .* no layer in common"):
+        combine(
+            [
+                adapter(0, names=("up_proj",), base=None, base_name="one"),
+                adapter(1, names=("q_proj",), base_name="two"),
+            ],
+            SUM,
+        )
+    for names in (("one", "one"), ("one", None)):
+        a, b = (adapter(0, base=None, base_name=name, names=(only,)) for name, only in zip(names, SHAPES, strict=True))
+        assert not any("names" in note for note in combine([a, b], SUM)[1].notes)
+    a, b = adapter(0, base_name="path/one"), adapter(1, base_name="org/one")  # known to be one by its weights
+    assert combine([a, b], SUM)[1].notes == ()
+
+
 def test_layers_of_other_shapes_are_refused(monkeypatch):
     monkeypatch.setitem(SHAPES, "up_proj", (24, 16))
     a = adapter(0)
@@ -134,6 +154,25 @@ def test_dora_is_refused_by_name():
     text = str(error.value)
     assert "adapter 1 is dora" in text and "adapter 3 is dora" in text and "adapter 2" not in text
     assert "magnitude" in text and "--into-base" in text
+
+
+def test_each_kind_that_is_refused_has_advice_of_its_own():
+    plain, rows, biased = adapter(0), adapter(1), adapter(2)
+    ids = {"trainable_token_indices": {"model.embed_tokens": [5]}}
+    rows = Adapter({**rows.tensors, "model.embed_tokens.rows": torch.ones(1, 16)}, replace(rows.card, settings=ids))
+    biases = {f"{module}.c": torch.ones(len(biased.factors(module)[1])) for module in biased.modules()}
+    biased = Adapter(biased.tensors | biases, replace(biased.card, method="biased"))
+    with pytest.raises(NotMergeable) as error:
+        combine([plain, rows, biased], Recipe("linear", (1, 1, 1)))
+    text = str(error.value)
+    assert "adapter 2 is lora: beside B·A it learned rows of tokens" in text and "DoRA" not in text
+    assert "rows of tokens into the base by themselves" in text and "Keep an adapter with biases as it is" in text
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "ties"])
+def test_weights_that_overflow_are_told_from_damaged_factors(method: str):
+    with pytest.raises(AdapterError, match="the result overflows; give smaller --weights"):
+        combine([adapter(0), adapter(1)], Recipe(method, (3e38 * 10, 1)))
 
 
 def test_another_number_of_weights_is_refused():

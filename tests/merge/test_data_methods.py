@@ -17,7 +17,7 @@ from veneer.adapter.take import take
 from veneer.config import LoraSettings
 from veneer.config.merging import RegmeanSettings
 from veneer.data.examples import Example
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ModelError
 from veneer.lowrank import truncate
 from veneer.lowrank.aware import reading_basis, truncate_aware
 from veneer.merge.apply import combine
@@ -289,6 +289,16 @@ def test_the_gradient_of_a_weight_is_that_of_the_loss(on_base: OnBase) -> None:
         for slot in "xy":
             backward(model, batches[slot][0], dict.fromkeys("xy", 1.0))
         assert float(parents.gradient()) == pytest.approx((losses[1] - losses[0]) / 2e-2, rel=2e-2)
+
+
+def test_scale_zero_leaves_nothing_to_learn(on_base: OnBase, adapters: list[Adapter]) -> None:
+    with pytest.raises(ConfigError, match="at `scale` 0 nothing is left"):
+        combine(adapters, Recipe("lora_soups", (0.5, 0.5), {"scale": 0.0}), on_base=on_base)
+
+
+def test_weights_too_large_for_a_loss_are_told_as_such(on_base: OnBase, adapters: list[Adapter]) -> None:
+    with pytest.raises(ModelError, match=r"not finite\. Next: smaller --weights or --scale"):
+        combine(adapters, Recipe("lorahub", (3e38, 1.0), {"evaluations": 1}), on_base=on_base)
 
 
 def test_a_step_that_wins_nothing_is_not_taken(on_base: OnBase, adapters: list[Adapter]) -> None:

@@ -17,6 +17,7 @@ from veneer.adapter.card import Adapter
 from veneer.cli.__main__ import main
 from veneer.errors import ModelError
 from veneer.merge import checkpoints
+from veneer.merge.changes import distance
 from veneer.merge.extract import extracted
 from veneer.merge.into_base import merge_into_base
 from veneer.model.load import load
@@ -141,6 +142,13 @@ def test_layers_that_did_not_change_have_nothing(base: Path, tune: Tune) -> None
 def test_the_same_model_again_even_rounded_leaves_nothing_to_extract(base: Path, tune: Tune, dtype: str) -> None:
     with pytest.raises(ModelError, match="the same in every linear layer"):
         extracted(str(base), str(tune(nothing, dtype)), rank=2)
+
+
+@pytest.mark.parametrize(("step", "moved"), [(5e-5, True), (2.0**-26, False)])
+def test_below_the_normal_numbers_of_float16_a_change_is_one(step: float, moved: bool) -> None:
+    """Half of 2^-24, the distance of subnormal numbers, is what rounding does there; the smallest normal is 6.1e-5."""
+    base = torch.tensor([0.0, 2.0**-20, 3e-5], dtype=torch.float32)
+    assert (distance(base, (base + step).half()) > 0) == moved
 
 
 def test_norms_and_embeddings_that_changed_are_measured_and_refused(base: Path, tune: Tune, tmp_path: Path) -> None:

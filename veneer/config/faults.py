@@ -81,6 +81,7 @@ def _spelt(text: str, spell: Spell) -> str:
 
 def _want(message: str) -> str:
     text = message.removeprefix("Input should be ").removeprefix("Input should ")
+    text = re.sub(r"^\w+ should have (.*) after validation, not \d+$", r"\1", text)
     for ours, theirs in _WORDS.items():
         if text.startswith(theirs):
             return ours

@@ -27,7 +27,7 @@ class Change:
 def distance(base: Tensor, tuned: Tensor) -> float:
     """‖tuned - base‖; 0 where every value is that of the base but for the rounding of the tuned model's dtype."""
     eps = torch.finfo(tuned.dtype).eps / 2 if tuned.dtype != base.dtype else 0.0
-    tiny = torch.finfo(tuned.dtype).tiny if eps else 0.0
+    tiny = torch.finfo(tuned.dtype).tiny * eps  # half the distance of two subnormal numbers
     squares, beyond = 0.0, False
     for one, other in zip(base.flatten().split(PIECE), tuned.flatten().split(PIECE), strict=True):
         one = one.float()

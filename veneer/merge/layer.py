@@ -43,11 +43,18 @@ def merge_layer(merge: Merge, parents: Sequence[Parent], options: CatSettings) -
     live = [_live(parent) for parent in parents if parent.weight]
     live = [parent for parent in live if len(parent.a)]
     merged = merge.factors(live, options) if live else _nothing(parents[0])
+    _check_range(merged.a, merged.b)
     if merge.stacked or not live:
         size = inner(merged.a, merged.b, merged.a, merged.b)
         return Layer(merged.a, merged.b, norm=math.sqrt(max(0.0, size)), kept=1.0, error=0.0, degenerate=False)
     assert isinstance(options, LinearSettings)
     return _cut(merged, options)
+
+
+def _check_range(*factors: Tensor) -> None:
+    """Raises ValueError where finite parents have given a result that is not."""
+    if not all(factor.isfinite().all() for factor in factors):
+        raise ValueError("the result overflows; give smaller --weights or a smaller --scale")
 
 
 def _live(parent: Parent) -> Parent:
@@ -69,9 +76,11 @@ def _cut(merged: Merged, options: LinearSettings) -> Layer:
     norm = float(torch.linalg.vector_norm(cut.s[:count]))
     error = math.hypot(cut.error, merged.left_out)
     tied = count < len(cut.s) and bool(cut.s[count - 1] - cut.s[count] < SEPARATED * cut.s[count - 1])
+    a, b = cut.a.float(), (cut.b * options.scale).float()
+    _check_range(a, b)
     return Layer(
-        cut.a.float(),
-        (cut.b * options.scale).float(),
+        a,
+        b,
         norm=norm * abs(options.scale),
         kept=norm**2 / (norm**2 + error**2),
         error=error * abs(options.scale),

@@ -58,6 +58,8 @@ def learn(stacks: Stacks, on_base: OnBase, options: LoraSoupsSettings, progress:
     batches, model = batches_of(on_base, TOKENS), on_base.loaded.model
     if model.dtype == torch.float16:
         raise ConfigError("lora_soups goes backward without a loss scale, which float16 needs; give --dtype bfloat16")
+    if not options.scale:
+        raise ConfigError("at `scale` 0 nothing is left to learn weights from; give another, or leave it out")
     scales = dict.fromkeys(on_base.slots, options.scale)  # as the result will be; before any cut to a rank
     with scaled(model, list(given)) as parents:
         parents.scale(start_N)

@@ -11,6 +11,12 @@ from veneer.errors import NotMergeable, WrongBaseError, listed
 from veneer.model.fingerprint import UNKNOWN, Fingerprint, compare
 
 _SHOWN_PARTS = ("template",)  # of a fingerprint: said, never refused
+_NAMES = {"m": "a magnitude for each output (DoRA)", "c": "a bias", "o": "a bias", "rows": "rows of tokens"}
+_ADVICE = {  # kinds of tensors -> what to do with an adapter that has them
+    ("m",): "Merge a DoRA into its base by itself (veneer merge ADAPTER --into-base), or train the skill as lora.",
+    ("rows",): "Merge rows of tokens into the base by themselves (veneer merge ADAPTER --into-base).",
+    ("c", "o"): "Keep an adapter with biases as it is, or train the skill without them.",
+}
 
 
 def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
@@ -21,6 +27,8 @@ def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str
     """
     _check_methods(adapters, names)
     faults, notes = _other_bases(adapters, names)
+    for told, more in zip((faults, notes), _other_names(adapters, names), strict=True):
+        told += more
     faults += _other_shapes(adapters, names)
     if faults:
         raise WrongBaseError(
@@ -63,15 +71,19 @@ def _check_methods(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
         if _more(adapter)
     ]
     if faults:
-        advice = "Merge a DoRA into its base by itself (veneer merge ADAPTER --into-base), or train the skill as lora."
-        raise NotMergeable(listed("These adapters cannot be merged with others:", faults, advice))
+        kinds = {kind for adapter in adapters for kind in _kinds(adapter)}
+        advice = [told for (which, told) in _ADVICE.items() if kinds & set(which)]
+        raise NotMergeable(listed("These adapters cannot be merged with others:", faults, " ".join(advice)))
 
 
 def _more(adapter: Adapter) -> list[str]:
     """What else than factors the adapter keeps."""
-    names = {"m": "a magnitude for each output (DoRA)", "c": "a bias", "o": "a bias"}
-    kinds = sorted({name.rpartition(".")[2] for name in adapter.tensors} - {"a", "b"})
-    return [names.get(kind, kind) for kind in kinds]
+    return [_NAMES.get(kind, kind) for kind in _kinds(adapter)]
+
+
+def _kinds(adapter: Adapter) -> list[str]:
+    """Of tensors beside the factors."""
+    return sorted({name.rpartition(".")[2] for name in adapter.tensors} - {"a", "b"})
 
 
 def _other_bases(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -87,6 +99,26 @@ def _other_bases(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[lis
             for difference in new:
                 where = notes if difference.part in _SHOWN_PARTS else faults
                 where.append(f"{difference.part} of the base: {names[i]} was trained on another than {names[j]}")
+    return faults, notes
+
+
+def _other_names(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Faults and notes: bases that are called otherwise, where no fingerprint says what they are.
+
+    A path and a hub's id may be one model, so that another name alone is told; without a common layer it is another.
+    """
+    faults: list[str] = []
+    notes: list[str] = []
+    known = [i for i, adapter in enumerate(adapters) if adapter.card.base_name]
+    for i in known[1:]:
+        one, first = adapters[i], adapters[known[0]]
+        if one.card.base_name == first.card.base_name or (one.card.base and first.card.base):
+            continue
+        line = f"{names[i]} names {one.card.base_name} as its base, {names[known[0]]} {first.card.base_name}"
+        if set(one.modules()) & set(first.modules()):
+            notes.append(f"{line}: whether they are one is not verified, and the result names none")
+        else:
+            faults.append(f"{line}, and they have no layer in common")
     return faults, notes
 
 

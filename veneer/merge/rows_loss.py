@@ -65,5 +65,7 @@ def mean_loss(model: nn.Module, batches: Mapping[str, Sequence[Batch]], weights:
         found = [loss_of(model, batch, weights) for batch in batches[slot]]
         losses.append(sum(float(nats) for nats, _ in found) / sum(count for _, count in found))
     if not math.isfinite(fmean(losses)):
-        raise ModelError("the loss of the adapters on their rows is not finite. Next: --dtype bfloat16 or float32")
+        half = next(model.parameters()).dtype == torch.float16
+        advice = "--dtype bfloat16 or float32" if half else "smaller --weights or --scale"
+        raise ModelError(f"the loss of the adapters on their rows is not finite. Next: {advice}")
     return fmean(losses)
