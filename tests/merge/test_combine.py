@@ -139,6 +139,11 @@ def test_bases_of_other_names_are_told_and_refused_without_a_common_layer():
     assert combine([a, b], SUM)[1].notes == ()
 
 
+def test_an_adapter_given_twice_is_told():
+    _, report = combine([adapter(0), adapter(1), adapter(0)], Recipe("linear", (1, 1, 1)), names=["a", "b", "c"])
+    assert report.notes == ("c is the same adapter as a",)
+
+
 def test_layers_of_other_shapes_are_refused(monkeypatch):
     monkeypatch.setitem(SHAPES, "up_proj", (24, 16))
     a = adapter(0)

@@ -59,6 +59,8 @@ def test_plain_transformers_gives_the_same_logits(base: Path, adapter_folder: Pa
     assert (wanted - _plain_logits(base)).abs().max() > 1e-2, "the adapter does next to nothing: this tests nothing"
     assert report.logits_difference < 1e-5
     assert report.notes == ()
+    modes = {file.name: file.stat().st_mode for file in Path(report.output).iterdir()}
+    assert set(modes.values()) == {modes["config.json"]}  # whoever may read the folder may read its weights
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 0.1), ("float16", 0.02)])  # 8 and 11 bits

@@ -1,4 +1,4 @@
-"""The bar of a long load: on a terminal only, after a moment only, and never between the caller and its items."""
+"""The bar of a long load: after a moment only; lines where there is no terminal; never between caller and items."""
 
 from __future__ import annotations
 
@@ -33,7 +33,14 @@ def test_a_short_one_and_one_that_is_not_to_be_are_not(
     assert terminal.getvalue() == ""
 
 
-def test_nothing_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+def test_lines_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "FIRST", -1.0)
+    assert list(shown("abc", "learning", True)) == ["a", "b", "c"]
+    assert capfd.readouterr().err == "learning: 0 of 3\n"
+    assert list(shown("abc", "learning", False)) == ["a", "b", "c"]
+    assert capfd.readouterr().err == ""
+
+
+def test_nothing_in_the_first_moment_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(shown([1], "reading", True)) == [1]
     assert capfd.readouterr() == ("", "")

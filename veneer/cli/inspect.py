@@ -28,6 +28,15 @@ _LEGEND = (
     "norms: of the first over the second; outputs, inputs: shared part of the spaces / by chance; signs: conflict, "
     "weighted, above chance; interf.: singular task interference, 1 for an adapter beside itself"
 )
+_ALONE = (
+    "eff. rank: directions, as the entropy of the spectrum counts them; first: share of the squared norm in the first; "
+    "90 %, 99 %: directions that hold so much; kept: share that a cut to that rank leaves"
+)
+_NEXT = (
+    "next: none of this foretells what a merge keeps of what they can do; --base-model MODEL --dataset FILE FILE does, "
+    "and merge --method lora_soups --dataset makes it keep more (docs/merging.md)"
+)
+_ALIGNED = "alignment: part of each update in the directions which the sum writes 95 % of itself to"
 _EXTREMES = {
     "closest": "the closest pairs (cosine)",
     "conflicting": "the most conflicting pairs (weighted signs)",
@@ -102,13 +111,17 @@ def _print(found: Inspection, json: bool, data: Sequence[OnFile]) -> None:
     if len(found.adapters) <= FEW:
         for one in found.adapters:
             _print_adapter(one, found.rank, json)
+        say(_ALONE)
     else:
         _print_adapters(found, json)
     _print_pairs(found, json)
     if found.together is not None:
         print_facts("sum of all", _together(found), json=json)
+        say(_ALIGNED)
     if data:
         print_on_data(data, _names(found), json)
+    elif found.pairs:
+        say(_NEXT)
     for note in found.notes:
         say(f"note: {note}")
     for one in found.adapters:

@@ -9,6 +9,11 @@ from typing import Any
 
 from veneer.cli.output import print_table, say
 
+_LEGEND = (
+    "kept: of the squared norm of what was made, what the rank has left; error: of its norm, what was cut off; neither "
+    "tells what a skill keeps"
+)
+
 
 def print_layers(title: str, report: Mapping[str, Any], *, json: bool) -> None:
     """What a merge or a cut kept, by kind of layer and in all; then the notes."""
@@ -21,6 +26,7 @@ def print_layers(title: str, report: Mapping[str, Any], *, json: bool) -> None:
     total = ["all", sum(row["count"] for row in kinds), "", report["kept"], report["error"], None, None]
     columns = (f"{start}…" if start else "layers", "count", "rank", "kept", "error", "worst", "kept there")
     print_table(title, columns, [*rows, total], json=json)
+    say(_LEGEND)
     for note in report["notes"]:
         say(f"note: {note}")
 

@@ -20,6 +20,15 @@ COMMAND = Command(
     read_file=read_recipe,
 )
 _PARENTS = 12  # told one by one
+_MEASURE = (
+    "next: --dataset, a data file for each adapter, compares the result with them; unlike skills seldom survive being "
+    "added blindly (docs/merging.md)"
+)
+_ROUNDED = (
+    "rounding error: what storing the sum moved, over the norm of the update; kept: the update's own share in what was "
+    "stored; logits difference: the largest, beside logits as large as logits scale; kl in nats, same choice: merged "
+    "model beside base and adapter, at so many positions of sample prompts"
+)
 _LEARN = (
     "next: --method lora_soups learns a weight for each adapter and layer from every other row, and keeps more where "
     "adapters are in each other's way (docs/merging.md); or serve each for its own requests"
@@ -45,6 +54,7 @@ def _into_base(settings: MergeSettings, json: bool) -> dict[str, Any]:
     way: dict[str, Any] = {"form": settings.format, "storage": settings.storage, "force": settings.force}
     report = merge_into_base(folder, base, settings.output, settings.dtype, **way).to_json()
     print_facts(f"{folder} in {base} -> {settings.output}", report, json=json)
+    say(_ROUNDED)
     if settings.format == "gguf":
         say(f"next: llama-cli -m {settings.output}/model.gguf, or ollama create NAME -f {settings.output}/Modelfile")
     else:
@@ -85,6 +95,8 @@ def _print(report: Mapping[str, Any], json: bool) -> None:
     print_layers(f"-> {report['output']}", report, json=json)
     if learned := {name: value for name, value in report["learned"].items() if not isinstance(value, Mapping)}:
         print_facts("from the rows that were read", learned, json=json)
+    if "comparison" not in report and len(report["adapters"]) > 1:
+        say(_MEASURE)
     if "comparison" in report:
         _print_comparison(report["comparison"], json)
         added = recipe["method"] != "lora_soups" and min(recipe["weights"]) >= 0 and len(recipe["weights"]) > 1

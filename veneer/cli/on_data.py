@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from veneer.evaluate.on_data import OnFile
 
 _LEGEND = (
-    "loss in nats per token, changes with 95 % intervals over rows; alone: of each adapter, less the base; A + B, "
-    "A/2 + B/2: less A alone; kept: of what A surely gained, the share that "
-    "A/2 + B/2 keeps; writes: "
+    "loss in nats per token, changes with 95 % intervals over rows; change, B alone: less the base; A + B, A/2 + B/2: "
+    "less A alone; kept: of what A surely gained in loss, the share that A/2 + B/2 keeps; writes: "
     "Σ‖ΔW_B x‖² / Σ‖ΔW_A x‖² on A's data, mean over the layers of both; cosine: of the two outputs"
 )
 
@@ -26,7 +25,9 @@ def print_on_data(found: Sequence[OnFile], names: Sequence[str], json: bool) -> 
         [names[one.adapter], Path(one.file).name, one.rows, one.base.score, one.loss.score, _change(one.change)]
         for one in found
     ]
-    print_table("each adapter on its own data", ["A", "data", "rows", "base", "A", "A alone"], own, json=json)
+    print_table(
+        "each adapter on its own data", ["adapter", "data", "rows", "base", "with it", "change"], own, json=json
+    )
     rows = [
         [
             f"{names[one.adapter]} : {names[each.other]}",

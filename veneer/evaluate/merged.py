@@ -58,9 +58,13 @@ class Compared:
         ]
 
     def _beside(self, result: Result, own: str) -> list[str]:
-        others = {own: f"its own adapter {own}", self.best: f"the best single adapter {self.best}", BASE: "the base"}
+        others = {
+            own: f"its own adapter {own}",
+            self.best: f"{self.best}, the best single adapter over all files",
+            BASE: "the base",
+        }
         if own == self.best:
-            others[own] = f"its own adapter {own}, the best single one"
+            others[own] = f"its own adapter {own}, the best single one over all files"
         found = result.differences[self.metric]
         return [f"{_word(self.metric, found[label])} {told}" for label, told in others.items()]
 

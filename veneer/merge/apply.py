@@ -19,7 +19,7 @@ from veneer.merge.layer import Layer, merge_layer
 from veneer.merge.leveled import leveled
 from veneer.merge.method import Merge, Parent, Stacks
 from veneer.merge.on_base import OnBase
-from veneer.merge.parents import check_parents, common, common_base, layers
+from veneer.merge.parents import check_parents, common, common_base, layers, twice
 from veneer.merge.recipe import Recipe
 from veneer.merge.summary import by_kind
 from veneer.merge.table import merge_named
@@ -95,6 +95,7 @@ def combine(
     merge = merge_named(recipe.method)
     with workers() as pool:
         identities = list(pool.map(lambda adapter: adapter.identity, adapters))
+    notes += twice(identities, names or [f"adapter {i + 1}" for i in range(len(adapters))])
     slots = on_base.slots if on_base else [""] * len(adapters)
     given = list(zip(identities, recipe.weights, adapters, slots, strict=True))
     if not merge.ordered:  # sums of the same numbers in the same order: equal to the bit

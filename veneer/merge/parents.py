@@ -40,6 +40,14 @@ def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str
     return notes + _some(_missing_layers(adapters, names))
 
 
+def twice(identities: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Notes on adapters that are the same as one before them."""
+    first: dict[str, str] = {}
+    told = [(first.setdefault(identity, name), name) for identity, name in zip(identities, names, strict=True)]
+    repeated = [i for i, identity in enumerate(identities) if identity in identities[:i]]
+    return _some([f"{told[i][1]} is the same adapter as {told[i][0]}" for i in repeated])
+
+
 def _some(lines: list[str]) -> list[str]:
     """Of many lines, as three hundred adapters give, the first."""
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"and {len(lines) - SHOWN} more of these"]

@@ -60,6 +60,9 @@ def _write_folder(folder: Path, merged: Merged) -> list[str]:
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    mode = (folder / "config.json").stat().st_mode  # safetensors writes for the owner alone, whatever the umask says
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def _read_folder(folder: Path, merged: Merged) -> nn.Module:

@@ -1,7 +1,8 @@
-"""A bar on standard error for what takes longer than a moment at load."""
+"""A bar on standard error for what takes longer than a moment; lines where that is no terminal."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -11,13 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 PATIENCE = 2.0  # seconds before the bar is shown
+FIRST, EVERY = 10.0, 30.0  # seconds until a line, and between two, where there is no terminal for a bar
 
 
 def shown(items: Sequence[T], what: str, progress: bool) -> Iterator[T]:
-    """The items, one after the other; silent where standard error is no terminal."""
+    """The items, one after the other, with a bar; a line now and then where standard error is no terminal."""
     console = Console(stderr=True)
-    if not progress or not console.is_terminal:
+    if not progress:
         yield from items
+        return
+    if not console.is_terminal:
+        yield from _told(items, what)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True)
@@ -30,3 +35,12 @@ def shown(items: Sequence[T], what: str, progress: bool) -> Iterator[T]:
             yield item
     finally:
         bar.stop()
+
+
+def _told(items: Sequence[T], what: str) -> Iterator[T]:
+    due = time.monotonic() + FIRST
+    for done, item in enumerate(items):
+        if time.monotonic() > due:
+            due = time.monotonic() + EVERY
+            print(f"{what}: {done} of {len(items)}", file=sys.stderr, flush=True)
+        yield item
