@@ -47,6 +47,12 @@ def test_a_list_that_is_too_short_is_told_in_our_words() -> None:
         MergeSettings.from_flat({"adapters": [], "output": "out"})
 
 
+def test_what_was_taken_for_an_adapter_is_shown() -> None:
+    given = {"adapters": ["a", "b", "exact_match"], "output": "out", "dataset": ["a.jsonl", "b.jsonl"]}
+    with pytest.raises(ConfigError, match=r"got 2 for 3 adapters \(a, b, exact_match\); give one for each"):
+        MergeSettings.from_flat(given)
+
+
 def test_the_place_inside_a_value_is_named() -> None:
     with pytest.raises(ConfigError, match=r"rank_pattern\[q_proj\]: got 0, wanted a value greater"):
         RunConfig.from_flat({**GIVEN, "rank_pattern": {"q_proj": 0, "v_proj": 4}})

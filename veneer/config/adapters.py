@@ -37,6 +37,7 @@ def _known(method: str) -> str:
     return method
 
 
+_FEW = 5  # adapters told one by one
 _OF_BASE = ("format", "force")
 Method = Annotated[str, AfterValidator(_known), Metavar("METHOD")]
 OF_DATA = ("metrics", "limit", "columns", "max_length")
@@ -118,7 +119,8 @@ class MergeSettings(MethodOptions, BaseSettings, RowSettings):
         given = self.model_fields_set
         if self.dataset:
             wanted, got = len(self.adapters), len(self.dataset)
-            return [] if got == wanted else [f"`dataset`: got {got} for {wanted} adapters; give one for each"]
+            which = f" ({', '.join(self.adapters)})" if wanted <= _FEW else ""
+            return [] if got == wanted else [f"`dataset`: got {got} for {wanted} adapters{which}; give one for each"]
         base = [name for name in BaseSettings.model_fields if name in given]
         told = "for `into_base` or with `dataset` only; adapters are merged without their base"
         faults = [f"{_listed(base)}: {told}"] if base else []
