@@ -17,6 +17,8 @@ from veneer.lowrank import inner, truncate, without_zeros
 from veneer.merge.method import Merge, Merged, Parent
 from veneer.merge.spaces import SEPARATED
 
+_OVERFLOWS = "the result overflows; give smaller --weights or a smaller --scale"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -43,18 +45,18 @@ def merge_layer(merge: Merge, parents: Sequence[Parent], options: CatSettings) -
     live = [_live(parent) for parent in parents if parent.weight]
     live = [parent for parent in live if len(parent.a)]
     merged = merge.factors(live, options) if live else _nothing(parents[0])
-    _check_range(merged.a, merged.b)
     if merge.stacked or not live:
         size = inner(merged.a, merged.b, merged.a, merged.b)
+        _check_range(size)
         return Layer(merged.a, merged.b, norm=math.sqrt(max(0.0, size)), kept=1.0, error=0.0, degenerate=False)
     assert isinstance(options, LinearSettings)
     return _cut(merged, options)
 
 
-def _check_range(*factors: Tensor) -> None:
+def _check_range(*sizes: float) -> None:
     """Raises ValueError where finite parents have given a result that is not."""
-    if not all(factor.isfinite().all() for factor in factors):
-        raise ValueError("the result overflows; give smaller --weights or a smaller --scale")
+    if not all(map(math.isfinite, sizes)):
+        raise ValueError(_OVERFLOWS)
 
 
 def _live(parent: Parent) -> Parent:
@@ -69,7 +71,10 @@ def _nothing(like: Parent) -> Merged:
 def _cut(merged: Merged, options: LinearSettings) -> Layer:
     """At the rank or share of energy asked for; where neither is, at the rank that the method means to keep."""
     rank = merged.rank if options.rank is None and options.energy is None else options.rank
-    cut = truncate(*without_zeros(merged.a, merged.b), rank, options.energy, options.exact)
+    try:
+        cut = truncate(*without_zeros(merged.a, merged.b), rank, options.energy, options.exact)
+    except ValueError:  # the parents were finite
+        raise ValueError(_OVERFLOWS) from None
     count = len(cut.a)
     if not count:  # what was to be summed has cancelled
         return Layer(*_nothing(Parent(merged.a, merged.b))[:2], norm=0.0, kept=1.0, error=0.0, degenerate=False)
@@ -77,7 +82,7 @@ def _cut(merged: Merged, options: LinearSettings) -> Layer:
     error = math.hypot(cut.error, merged.left_out)
     tied = count < len(cut.s) and bool(cut.s[count - 1] - cut.s[count] < SEPARATED * cut.s[count - 1])
     a, b = cut.a.float(), (cut.b * options.scale).float()
-    _check_range(a, b)
+    _check_range(float(a.abs().max()), float(b.abs().max()))
     return Layer(
         a,
         b,
