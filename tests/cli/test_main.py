@@ -172,6 +172,18 @@ def test_a_reader_that_leaves_is_no_bug(lines: int) -> None:
     assert talker.returncode == 141
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"]])
+def test_a_reader_of_help_that_leaves_is_no_bug_either(words: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "veneer.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as talker:
+        assert talker.stdout is not None
+        assert talker.stderr is not None
+        talker.stdout.close()
+        assert talker.stderr.read() == b""
+    assert talker.returncode == 141
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_letters_that_the_terminal_lacks(encoding: str) -> None:
     code = (

@@ -54,11 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(overview())
         return 2
     if words[0] in ("--help", "-h"):
-        print(overview(), file=results())
-        return 0
+        return _printed(overview())
     if words[0] == "--version":
-        print(_version(), file=results())
-        return 0
+        return _printed(_version())
     if words[0] not in VERBS:
         return _unknown_verb(words[0])
     _wait_politely()
@@ -109,6 +107,14 @@ def overview() -> str:
         f"usage: veneer VERB [FILE.yaml] [--option value ...]\n\n{verbs}\n\n"
         "`veneer VERB --help` lists the options of a verb; every verb takes --json. Start with: veneer demo"
     )
+
+
+def _printed(text: str) -> int:
+    try:
+        print(text, file=results(), flush=True)
+    except BrokenPipeError:
+        return 141  # as in `_run`
+    return 0
 
 
 def _run(verb: str, words: list[str]) -> int:
