@@ -124,14 +124,20 @@ def test_bases_of_other_names_are_told_and_refused_without_a_common_layer():
     got, report = combine([a, b], SUM)
     assert got.card.base_name is None
     assert report.notes[0].startswith("adapter 2 names two as its base, adapter 1 org/one: whether they are one is not")
-    with pytest.raises(WrongBaseError, match=r"adapter 2 names two .* no layer in common"):
-        combine(
-            [
-                adapter(0, names=("up_proj",), base=None, base_name="one"),
-                adapter(1, names=("q_proj",), base_name="two"),
-            ],
-            SUM,
-        )
+    other = Adapter(
+        {name.replace("model.layers", "transformer.h"): tensor for name, tensor in b.tensors.items()},
+        replace(
+            b.card,
+            ranks={name.replace("model.layers", "transformer.h"): rank for name, rank in b.card.ranks.items()},
+            scales={name.replace("model.layers", "transformer.h"): scale for name, scale in b.card.scales.items()},
+        ),
+    )
+    with pytest.raises(
+        WrongBaseError, match=r"adapter 2 names two .* called otherwise: transformer.h… and model.layers…"
+    ):
+        combine([a, other], SUM)
+    attention, mlp = (adapter(0, names=(only,), base=None, base_name=only) for only in SHAPES)
+    assert "names up_proj as its base" in combine([attention, mlp], SUM)[1].notes[0]  # two halves of one model, perhaps
     for names in (("one", "one"), ("one", None)):
         a, b = (adapter(0, base=None, base_name=name, names=(only,)) for name, only in zip(names, SHAPES, strict=True))
         assert not any("names" in note for note in combine([a, b], SUM)[1].notes)

@@ -301,8 +301,9 @@ def test_weights_too_large_for_a_loss_are_told_as_such(on_base: OnBase, adapters
         combine(adapters, Recipe("lorahub", (3e38, 1.0), {"evaluations": 1}), on_base=on_base)
 
 
-def test_a_step_that_wins_nothing_is_not_taken(on_base: OnBase, adapters: list[Adapter]) -> None:
-    wild = Recipe("lora_soups", (0.5, 0.5), {"max_steps": 2, "learning_rate": 1e3})
+@pytest.mark.parametrize("rate", [1e3, 1e30])  # the second leads to no number
+def test_a_step_that_wins_nothing_is_not_taken(on_base: OnBase, adapters: list[Adapter], rate: float) -> None:
+    wild = Recipe("lora_soups", (0.5, 0.5), {"max_steps": 2, "learning_rate": rate})
     merged, report = combine(adapters, wild, on_base=on_base)
     wanted, _ = combine(adapters, Recipe("linear", (0.5, 0.5)))
     assert merged.identity == wanted.identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -49,6 +50,26 @@ def test_where_another_file_system_is_mounted(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "rmdir", lambda self: pytest.fail(f"{self} removed"))
     write(tmp_path / "mounted")
     assert names(tmp_path / "mounted") == MADE and names(tmp_path) == ["mounted", *(f"mounted/{n}" for n in MADE)]
+
+
+def test_where_a_part_of_the_same_file_system_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not show before it is to be removed."""
+    (tmp_path / "bound").mkdir()
+
+    def busy(folder: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(folder))
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    write(tmp_path / "bound")
+    assert names(tmp_path) == ["bound", *(f"bound/{name}" for name in MADE)]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    for left in (tmp_path / "out" / ".partial", tmp_path / ".out.partial"):
+        left.mkdir(parents=True)
+        (left / "half").touch()
+    write(tmp_path / "out")
+    assert names(tmp_path) == ["out", *(f"out/{name}" for name in MADE)]
 
 
 @pytest.mark.parametrize("mounted", [False, True])

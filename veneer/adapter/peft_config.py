@@ -21,7 +21,7 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those 
 # Settings that add something to s · B A, with what they add: refused unless empty.
 _REFUSED = {
     "modules_to_save": "whole copies of base modules are part of the adapter; PEFT's merge_and_unload() makes a model "
-    "of it, whose linear layers `veneer convert --extract` makes an adapter again",
+    "of it, whose other linear layers `veneer convert --extract --force` makes an adapter again, without the copies",
     "layer_replication": "layers of the base are repeated",
     "alora_invocation_tokens": "aLoRA acts only after certain tokens",
     "use_qalora": "QALoRA pools the input",

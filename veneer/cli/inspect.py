@@ -34,7 +34,7 @@ _ALONE = (
 )
 _NEXT = (
     "next: none of this foretells what a merge keeps of what they can do; --base-model MODEL --dataset FILE FILE does, "
-    "and merge --method lora_soups --dataset makes it keep more (docs/merging.md)"
+    "and merge --method lora_soups --dataset kept more where it was measured (docs/merging.md)"
 )
 _ALIGNED = "alignment: part of each update in the directions which the sum writes 95 % of itself to"
 _EXTREMES = {

@@ -30,8 +30,8 @@ _ROUNDED = (
     "model beside base and adapter, at so many positions of sample prompts"
 )
 _LEARN = (
-    "next: --method lora_soups learns a weight for each adapter and layer from every other row, and keeps more where "
-    "adapters are in each other's way (docs/merging.md); or serve each for its own requests"
+    "next: --method lora_soups learns a weight for each adapter and layer from every other row, and kept more where "
+    "it was measured (docs/merging.md); or serve each for its own requests"
 )
 
 

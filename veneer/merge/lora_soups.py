@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.adapter.attach import methods_of
 from veneer.config.merging import LoraSoupsSettings
-from veneer.errors import ConfigError, NotMergeable, listed
+from veneer.errors import ConfigError, ModelError, NotMergeable, listed
 from veneer.merge.linear import linear
 from veneer.merge.method import Merge, Stacks
 from veneer.merge.on_base import OnBase
@@ -66,7 +66,7 @@ def learn(stacks: Stacks, on_base: OnBase, options: LoraSoupsSettings, progress:
         before = mean_loss(model, batches, scales)
         found_N = _descended(model, parents, batches, start_N, options, progress)
         parents.scale(found_N)
-        after = mean_loss(model, batches, scales)
+        after = _loss_or_inf(model, batches, scales)
     won = after < before
     weight = dict(zip(given, found_N.tolist(), strict=True)) if won else given
     layers = {m: [replace(one, weight=weight[m, one.slot]) for one in stack] for m, stack in stacks.items()}
@@ -74,6 +74,14 @@ def learn(stacks: Stacks, on_base: OnBase, options: LoraSoupsSettings, progress:
     each = {module: [weight.get((module, slot)) for slot in on_base.slots] for module in stacks}
     told = {"mean_weights": means, "loss_before": before, "loss_after": after if won else before}
     return layers, {**told, "weights": each}
+
+
+def _loss_or_inf(model: nn.Module, batches: Mapping[str, Sequence[Batch]], scales: Mapping[str, float]) -> float:
+    """Too large a learning rate leads anywhere; it has won nothing then."""
+    try:
+        return mean_loss(model, batches, scales)
+    except ModelError:
+        return float("inf")
 
 
 def _descended(

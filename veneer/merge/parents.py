@@ -113,7 +113,8 @@ def _other_bases(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[lis
 def _other_names(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Faults and notes: bases that are called otherwise, where no fingerprint says what they are.
 
-    A path and a hub's id may be one model, so that another name alone is told; without a common layer it is another.
+    A path and a hub's id may be one model, so that another name alone is told; where the layers' paths begin otherwise
+    too (`model.layers` and `transformer.h`), it is another.
     """
     faults: list[str] = []
     notes: list[str] = []
@@ -123,11 +124,18 @@ def _other_names(adapters: Sequence[Adapter], names: Sequence[str]) -> tuple[lis
         if one.card.base_name == first.card.base_name or (one.card.base and first.card.base):
             continue
         line = f"{names[i]} names {one.card.base_name} as its base, {names[known[0]]} {first.card.base_name}"
-        if set(one.modules()) & set(first.modules()):
+        here, there = _beginnings(one), _beginnings(first)
+        if here & there or not here or not there:
             notes.append(f"{line}: whether they are one is not verified, and the result names none")
         else:
-            faults.append(f"{line}, and they have no layer in common")
+            faults.append(f"{line}, and their layers are called otherwise: {min(here)}… and {min(there)}…")
     return faults, notes
+
+
+def _beginnings(adapter: Adapter) -> set[str]:
+    """The first two names of the paths of its layers, without those outside of all blocks, such as a head."""
+    parts = [module.split(".") for module in adapter.modules()]
+    return {".".join(names[:2]) for names in parts if len(names) > 2}
 
 
 def _other_shapes(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str]:
