@@ -34,20 +34,20 @@ from benchmarks import multitask, record
 
 PAIRS, SEED = 60, 0
 SCALES = {"1/2": 0.5, "1": 1.0}  # of what comes out with weights of 1 each
-LINEAR: dict[str, tuple[str, dict[str, Any]]] = {"linear": ("linear", {})}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "svd": ("svd", {"rank": multitask.RANK}),
-    "magnitude": ("magnitude", {}),
-    "ties": ("ties", {"density": 0.5}),
-    "dare_linear": ("dare_linear", {"density": 0.7}),
-    "dare_ties": ("dare_ties", {"density": 0.7}),
-    "knots": ("knots", {"density": 0.5}),
-    "core": ("core", {"density": 0.5}),
-    "tsv_m": ("tsv_m", {}),
-    "iso_c": ("iso_c", {}),
-    "iso_cts": ("iso_cts", {}),
-    "orthogonal": ("orthogonal", {}),
-    "compress": ("compress", {"rank": multitask.RANK}),
+LINEAR: dict[str, dict[str, Any]] = {"linear": {}}
+METHODS: dict[str, dict[str, Any]] = {  # with their options
+    "svd": {"rank": multitask.RANK},
+    "magnitude": {},
+    "ties": {"density": 0.5},
+    "dare_linear": {"density": 0.7},
+    "dare_ties": {"density": 0.7},
+    "knots": {"density": 0.5},
+    "core": {"density": 0.5},
+    "tsv_m": {},
+    "iso_c": {},
+    "iso_cts": {},
+    "orthogonal": {},
+    "compress": {"rank": multitask.RANK},
 }
 ON_ROWS: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {  # read the held-out rows of both tasks
     "regmean": ("regmean", (1.0, 1.0), {}),
@@ -277,9 +277,9 @@ def merge(what: tuple[str, Pair]) -> bytes:
     from veneer.merge.apply import combine
     from veneer.merge.recipe import Recipe
 
-    name, pair = what
-    method, options = (LINEAR | METHODS)[name]
-    merged, report = combine([HELD[task] for task in pair], Recipe(method, (1.0, 1.0), options), progress=False)
+    method, pair = what
+    recipe = Recipe(method, (1.0, 1.0), (LINEAR | METHODS)[method])
+    merged, report = combine([HELD[task] for task in pair], recipe, progress=False)
     return pickle.dumps((merged, report.kept))
 
 
@@ -290,10 +290,10 @@ def at_scales(name: str) -> dict[str, float]:
 
 def scaled(adapter: Any, scale: float) -> Any:
     """A share of an adapter's update; of a merge, what `--scale` gives."""
-    from veneer.merge.apply import combine
-    from veneer.merge.recipe import Recipe
+    from veneer.adapter.card import Adapter
 
-    return combine([adapter], Recipe("linear", (scale,), {}), progress=False)[0]
+    tensors = {name: scale * tensor if name.endswith(".b") else tensor for name, tensor in adapter.tensors.items()}
+    return Adapter(tensors, adapter.card)
 
 
 def key(pair: Pair) -> str:

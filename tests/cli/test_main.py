@@ -152,6 +152,16 @@ def test_a_verb_that_prints_does_not_spoil_the_results(veneer: Any, verb: Any) -
     assert answer.code == 0
 
 
+def without_a_reader(*words: str) -> tuple[bytes, int]:
+    """What Python says on standard error, and its exit code, where nobody reads its standard output."""
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as talker:
+        assert talker.stdout is not None
+        assert talker.stderr is not None
+        talker.stdout.close()
+        said = talker.stderr.read()
+    return said, talker.returncode
+
+
 @pytest.mark.parametrize("lines", [50, 100_000])
 def test_a_reader_that_leaves_is_no_bug(lines: int) -> None:
     code = (
@@ -162,26 +172,12 @@ def test_a_reader_that_leaves_is_no_bug(lines: int) -> None:
         "__main__.VERBS['talk'] = ('talker:run', '')\n"
         "sys.exit(__main__.main(['talk']))\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as talker:
-        assert talker.stdout is not None
-        assert talker.stderr is not None
-        talker.stdout.close()
-        assert talker.stderr.read() == b""
-    assert talker.returncode == 141
+    assert without_a_reader("-c", code, str(lines)) == (b"", 141)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"]])
 def test_a_reader_of_help_that_leaves_is_no_bug_either(words: list[str]) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-m", "veneer.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as talker:
-        assert talker.stdout is not None
-        assert talker.stderr is not None
-        talker.stdout.close()
-        assert talker.stderr.read() == b""
-    assert talker.returncode == 141
+    assert without_a_reader("-m", "veneer.cli", *words) == (b"", 141)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

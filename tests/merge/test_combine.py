@@ -19,10 +19,12 @@ BASE = Fingerprint(*(digit * 64 for digit in "1234"))
 SUM = Recipe("linear", (1.0, 1.0))
 
 
-def adapter(seed: int, rank: int = 2, layers: int = 2, names=tuple(SHAPES), method: str = "lora", **card) -> Adapter:
+def adapter(
+    seed: int, rank: int = 2, layers: int = 2, names=tuple(SHAPES), method: str = "lora", blocks="model.layers", **card
+) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
     tensors, ranks = {}, {}
-    for path in (f"model.layers.{layer}.{name}" for layer in range(layers) for name in names):
+    for path in (f"{blocks}.{layer}.{name}" for layer in range(layers) for name in names):
         outputs, inputs = SHAPES[path.rpartition(".")[2]]
         tensors[f"{path}.a"] = torch.randn(rank, inputs, generator=draw)
         tensors[f"{path}.b"] = torch.randn(outputs, rank, generator=draw)
@@ -119,19 +121,12 @@ def test_another_template_is_said_and_unknown_parts_are_not_claimed():
     assert got.card.base == replace(BASE, weights=UNKNOWN)
 
 
-def test_bases_of_other_names_are_told_and_refused_without_a_common_layer():
+def test_bases_of_other_names_are_told_and_refused_where_layers_are_called_otherwise():
     a, b = adapter(0, base=None, base_name="org/one"), adapter(1, base_name="two")
     got, report = combine([a, b], SUM)
     assert got.card.base_name is None
     assert report.notes[0].startswith("adapter 2 names two as its base, adapter 1 org/one: whether they are one is not")
-    other = Adapter(
-        {name.replace("model.layers", "transformer.h"): tensor for name, tensor in b.tensors.items()},
-        replace(
-            b.card,
-            ranks={name.replace("model.layers", "transformer.h"): rank for name, rank in b.card.ranks.items()},
-            scales={name.replace("model.layers", "transformer.h"): scale for name, scale in b.card.scales.items()},
-        ),
-    )
+    other = adapter(1, base_name="two", blocks="transformer.h")
     with pytest.raises(
         WrongBaseError, match=r"adapter 2 names two .* called otherwise: transformer.h… and model.layers…"
     ):

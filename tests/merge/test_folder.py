@@ -65,7 +65,7 @@ def test_where_a_part_of_the_same_file_system_is_mounted(tmp_path: Path, monkeyp
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
-    for left in (tmp_path / "out" / ".partial", tmp_path / ".out.partial"):
+    for left in (tmp_path / "out" / ".veneer.partial", tmp_path / ".out.partial"):
         left.mkdir(parents=True)
         (left / "half").touch()
     write(tmp_path / "out")

@@ -36,7 +36,6 @@ _NEXT = (
     "next: none of this foretells what a merge keeps of what they can do; --base-model MODEL --dataset FILE FILE does, "
     "and merge --method lora_soups --dataset kept more where it was measured (docs/merging.md)"
 )
-_ALIGNED = "alignment: part of each update in the directions which the sum writes 95 % of itself to"
 _EXTREMES = {
     "closest": "the closest pairs (cosine)",
     "conflicting": "the most conflicting pairs (weighted signs)",
@@ -107,6 +106,7 @@ def _loaded(settings: InspectSettings) -> Any:
 
 def _print(found: Inspection, json: bool, data: Sequence[OnFile]) -> None:
     from veneer.measure.inspection import FEW
+    from veneer.measure.together import ALIGNMENT
 
     if len(found.adapters) <= FEW:
         for one in found.adapters:
@@ -117,7 +117,7 @@ def _print(found: Inspection, json: bool, data: Sequence[OnFile]) -> None:
     _print_pairs(found, json)
     if found.together is not None:
         print_facts("sum of all", _together(found), json=json)
-        say(_ALIGNED)
+        say(f"alignment: {ALIGNMENT}")
     if data:
         print_on_data(data, _names(found), json)
     elif found.pairs:

@@ -95,13 +95,13 @@ def _print(report: Mapping[str, Any], json: bool) -> None:
     print_layers(f"-> {report['output']}", report, json=json)
     if learned := {name: value for name, value in report["learned"].items() if not isinstance(value, Mapping)}:
         print_facts("from the rows that were read", learned, json=json)
-    if "comparison" not in report and len(report["adapters"]) > 1:
-        say(_MEASURE)
     if "comparison" in report:
         _print_comparison(report["comparison"], json)
         added = recipe["method"] != "lora_soups" and min(recipe["weights"]) >= 0 and len(recipe["weights"]) > 1
         if added and report["comparison"]["worse_than_own"]:  # what is taken away is meant to be worse
             say(_LEARN)
+    elif len(report["adapters"]) > 1:
+        say(_MEASURE)
     say(f"again: veneer merge {report['output']}/recipe.yaml --output FOLDER")
 
 

@@ -14,6 +14,7 @@ from veneer.evaluate.page import PAGE, STYLE, number, table, text
 from veneer.evaluate.report import both, details, notes_list, write_page
 from veneer.measure.inspection import FEW, Inspected, Inspection, kinds_beside_base
 from veneer.measure.pairs import Pair
+from veneer.measure.together import ALIGNMENT
 
 # Title, measure, the chance level to take off, the size that is full, what it says.
 _MATRICES = (
@@ -168,6 +169,5 @@ def _together(found: Inspection) -> str:
     return (
         f"<section><h2>Sum of all</h2><p>At rank {found.rank} the sum of all updates keeps "
         f"{100 * sum_of_all.kept:.1f} % of its squared norm.</p>{table(['', 'alignment'], rows)}"
-        '<p class="small">Alignment: part of each update in the directions which the sum writes 95 % of itself to '
-        "(arXiv 2502.04959), mean over layers.</p></section>"
+        f'<p class="small">Alignment: {text(ALIGNMENT)} (arXiv 2502.04959), mean over layers.</p></section>'
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from veneer.lowrank import NEGLIGIBLE, concatenate
 from veneer.measure.layers import Directions, directions
 
+ALIGNMENT = "part of each update in the directions which the sum writes 95 % of itself to"
 SPANNED = 0.95  # of the squared norm of the sum: the directions that an adapter is held against
 
 

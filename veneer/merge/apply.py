@@ -91,11 +91,12 @@ def combine(
         raise ConfigError(f"weights: got {len(recipe.weights)} for {len(adapters)} adapters; give one for each")
     if recipe.reads_data and on_base is None:
         raise ConfigError(f"{recipe.what_reads_data} reads data: give --dataset, a data file for each adapter")
-    notes = check_parents(adapters, names or [f"adapter {i + 1}" for i in range(len(adapters))])
+    names = names or [f"adapter {i + 1}" for i in range(len(adapters))]
+    notes = check_parents(adapters, names)
     merge = merge_named(recipe.method)
     with workers() as pool:
         identities = list(pool.map(lambda adapter: adapter.identity, adapters))
-    notes += twice(identities, names or [f"adapter {i + 1}" for i in range(len(adapters))])
+    notes += twice(identities, names)
     slots = on_base.slots if on_base else [""] * len(adapters)
     given = list(zip(identities, recipe.weights, adapters, slots, strict=True))
     if not merge.ordered:  # sums of the same numbers in the same order: equal to the bit

@@ -13,7 +13,7 @@ from pathlib import Path
 from veneer.errors import ConfigError
 from veneer.places import check_folder
 
-_WITHIN = ".partial"
+_WITHIN = ".veneer.partial"  # in a folder that is somebody else's, so no name that others use
 _LONGEST = 240  # bytes of a name that stays below the 255 that file systems take with what is put around it
 
 

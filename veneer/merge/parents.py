@@ -27,14 +27,13 @@ def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str
     """
     _check_methods(adapters, names)
     faults, notes = _other_bases(adapters, names)
-    for told, more in zip((faults, notes), _other_names(adapters, names), strict=True):
-        told += more
-    faults += _other_shapes(adapters, names)
+    other, unsure = _other_names(adapters, names)
+    faults += other + _other_shapes(adapters, names)
     if faults:
         raise WrongBaseError(
             listed("These adapters are not of one base:", _some(faults), "Merge those of one base only.")
         )
-    notes = _some(notes)
+    notes = _some(notes + unsure)
     unverified = [name for name, adapter in zip(names, adapters, strict=True) if adapter.card.base is None]
     add_fault(notes, "base unverified, not recorded", unverified)
     return notes + _some(_missing_layers(adapters, names))
@@ -42,10 +41,9 @@ def check_parents(adapters: Sequence[Adapter], names: Sequence[str]) -> list[str
 
 def twice(identities: Sequence[str], names: Sequence[str]) -> list[str]:
     """Notes on adapters that are the same as one before them."""
-    first: dict[str, str] = {}
-    told = [(first.setdefault(identity, name), name) for identity, name in zip(identities, names, strict=True)]
-    repeated = [i for i, identity in enumerate(identities) if identity in identities[:i]]
-    return _some([f"{told[i][1]} is the same adapter as {told[i][0]}" for i in repeated])
+    first: dict[str, int] = {}
+    places = [(i, first.setdefault(identity, i)) for i, identity in enumerate(identities)]
+    return _some([f"{names[i]} is the same adapter as {names[j]}" for i, j in places if j < i])
 
 
 def _some(lines: list[str]) -> list[str]:

@@ -17,10 +17,10 @@ FIRST, EVERY = 10.0, 30.0  # seconds until a line, and between two, where there 
 
 def shown(items: Sequence[T], what: str, progress: bool) -> Iterator[T]:
     """The items, one after the other, with a bar; a line now and then where standard error is no terminal."""
-    console = Console(stderr=True)
     if not progress:
         yield from items
         return
+    console = Console(stderr=True)
     if not console.is_terminal:
         yield from _told(items, what)
         return
